@@ -1,0 +1,420 @@
+"""What pi(y given x) is: a decoder-only transformer, and the log-probability of the tokens that it chose.
+
+One class covers Llama, Qwen2/2.5, Qwen3 and Mistral/Ministral: they are the same stack (RMSNorm, rotary positions,
+grouped-query attention, SwiGLU) with a few switches that the `transformers` config names. Parameters carry their Hugging
+Face names, so loading is a state-dict copy, and what `save` writes opens in `AutoModelForCausalLM`.
+
+Parameters are fp32 whatever the compute dtype: with bf16 weights of size 0.02 a step of 1e-6 would move only 2 % of them.
+They are cast where they are used, so bf16 lives inside matmuls only.
+
+Letters: B rows, T new tokens, S tokens seen including the new ones, D width, V vocabulary, N tokens in a flat list.
+
+    policy, tokenizer = tiny()                                  # about 1M parameters, characters as tokens
+    hidden = policy(tokens, mask)                               # (B, T), (B, T) -> (B, T, D)
+    logp, entropy = token_logprobs(hidden[:, :-1], policy.head, tokens[:, 1:])
+"""
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+FAMILIES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
+            "mistral": "MistralForCausalLM", "ministral": "MinistralForCausalLM"}
+
+
+# ----------------------------------------------------------------------------------------------------------- the model
+
+class Linear(nn.Linear):
+    """`nn.Linear` whose fp32 weight is cast to the dtype of its input."""
+
+    def forward(self, x):
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, computed in fp32."""
+
+    def __init__(self, width, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x):
+        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight.to(x.dtype)
+
+
+class KVCache:
+    """Keys and values of the tokens read so far: per layer two tensors (B, kv_heads, S, head_dim).
+
+    A new cache grows by concatenation, and gradients flow through it: the training forward reads a prompt once and lets
+    all its answers attend to it. `select(rows, room)` gives one with room for more tokens, written in place: the sampler.
+    """
+
+    def __init__(self):
+        self.keys, self.values = [], []
+        self.length = 0                                # tokens read; moved on by Policy.forward when all layers wrote
+        self.room = 0                                  # of which preallocated and still free: 0 means "grow"
+
+    def update(self, layer, k, v):
+        """Add the new tokens' k, v (B, kv_heads, T, head_dim); return all keys and values (B, kv_heads, S, head_dim)."""
+        if layer == len(self.keys):                    # the first tokens
+            self.keys.append(k)
+            self.values.append(v)
+        elif self.room:
+            end = self.length + k.shape[2]
+            self.keys[layer][:, :, self.length:end] = k
+            self.values[layer][:, :, self.length:end] = v
+            return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+        else:
+            self.keys[layer] = torch.cat([self.keys[layer], k], dim=2)
+            self.values[layer] = torch.cat([self.values[layer], v], dim=2)
+        return self.keys[layer], self.values[layer]
+
+    def select(self, rows, room=0):
+        """A copy holding `rows` (an index tensor; a row may repeat), with room for `room` more tokens."""
+        chosen = KVCache()
+        chosen.length, chosen.room = self.length, room
+        copy = lambda x: F.pad(x[:, :, :self.length].index_select(0, rows), (0, 0, 0, room))
+        chosen.keys = [copy(k) for k in self.keys]
+        chosen.values = [copy(v) for v in self.values]
+        return chosen
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions; q/k norm for Qwen3, qkv bias for Qwen2."""
+
+    def __init__(self, config):
+        super().__init__()
+        width, self.head_dim = config.hidden_size, head_dim(config)
+        q_width, kv_width = (n * self.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+        all_bias = getattr(config, "attention_bias", False)
+        qkv_bias = all_bias or config.model_type == "qwen2"
+        self.q_proj = Linear(width, q_width, bias=qkv_bias)
+        self.k_proj = Linear(width, kv_width, bias=qkv_bias)
+        self.v_proj = Linear(width, kv_width, bias=qkv_bias)
+        self.o_proj = Linear(q_width, width, bias=all_bias)
+        if config.model_type == "qwen3":
+            self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+
+    def forward(self, x, rope, attend, layer, cache):
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, -1, self.head_dim)                        # (B, T, heads, head_dim)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim)                        # (B, T, kv_heads, head_dim)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+        if hasattr(self, "q_norm"):
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, *rope).transpose(1, 2), rotate(k, *rope).transpose(1, 2)   # (B, heads, T, head_dim)
+        if cache is not None:
+            k, v = cache.update(layer, k, v)                                    # (B, kv_heads, S, head_dim)
+        causal = attend is None and T > 1
+        out = F.scaled_dot_product_attention(q, k, v, attend, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+        return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate x) * up x)."""
+
+    def __init__(self, config):
+        super().__init__()
+        width, inner, bias = config.hidden_size, config.intermediate_size, getattr(config, "mlp_bias", False)
+        self.gate_proj = Linear(width, inner, bias=bias)
+        self.up_proj = Linear(width, inner, bias=bias)
+        self.down_proj = Linear(inner, width, bias=bias)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x, rope, attend, layer, cache):
+        x = x + self.self_attn(self.input_layernorm(x), rope, attend, layer, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """The part that Hugging Face checkpoints call `model.`: everything but the head."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Policy(nn.Module):
+    """A causal language model from a `transformers` config; ValueError for an architecture that is not one of FAMILIES."""
+
+    def __init__(self, config):
+        super().__init__()
+        if config.model_type not in FAMILIES:
+            raise ValueError(f"model type '{config.model_type}' is not supported; these are: {', '.join(FAMILIES)}.")
+        if config.hidden_act not in ("silu", "swish"):
+            raise ValueError(f"activation '{config.hidden_act}' is not supported; these architectures use silu.")
+        self.config = config
+        self.dtype = torch.float32                     # of the activations; the parameters stay fp32
+        self.windows = sliding_windows(config)         # per layer: how far back it sees, None for everything
+        self.stop_ids = sorted(ids_of(config.eos_token_id))   # any of these ends an answer
+        self.model = Decoder(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.register_buffer("inv_freq", inverse_frequencies(config), persistent=False)
+
+    @property
+    def head(self):
+        """(V, D), fp32: logits are hidden @ head.T."""
+        return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    @property
+    def device(self):
+        return self.model.embed_tokens.weight.device
+
+    def new_cache(self):
+        """An empty KVCache, for those who are handed a policy and import nothing."""
+        return KVCache()
+
+    def forward(self, tokens, mask=None, cache=None):
+        """Hidden states of the new tokens, after the last norm: what `head` reads.
+
+        tokens (B, T) int64, the new ones. mask (B, S) is 1 on real tokens among all S seen, cached ones included; None
+        says that nothing is padded. cache: a KVCache, which is extended. Returns (B, T, D) in `self.dtype`.
+        Padding may stand anywhere: positions count real tokens only, and no real token sees a padded one.
+        """
+        B, T = tokens.shape
+        seen = T + (cache.length if cache is not None else 0)                   # S
+        if mask is None:
+            positions = torch.arange(seen - T, seen, device=tokens.device)      # (T,)
+        else:
+            positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -T:]        # (B, T)
+        angles = positions[..., None, None] * self.inv_freq                     # (B, T, 1, head_dim / 2)
+        rope = angles.cos().to(self.dtype), angles.sin().to(self.dtype)
+        attend = {window: allowed(mask, T, seen, window, tokens.device) for window in set(self.windows)}
+        x = F.embedding(tokens, self.model.embed_tokens.weight).to(self.dtype)  # (B, T, D)
+        for layer, block in enumerate(self.model.layers):
+            x = block(x, rope, attend[self.windows[layer]], layer, cache)
+        if cache is not None:
+            cache.length, cache.room = seen, max(0, cache.room - T)
+        return self.model.norm(x)
+
+
+    def logits(self, hidden):
+        """hidden (..., D) -> (..., V), fp32; in bf16 only the matmul is."""
+        return F.linear(hidden, self.head.to(hidden.dtype)).float()
+
+
+def head_dim(config):
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def ids_of(value):
+    """The token ids in a config entry, which may be None, one id, or a list."""
+    return set() if value is None else {value} if isinstance(value, int) else set(value)
+
+
+def sliding_windows(config):
+    """How many tokens back each layer sees (itself included); None means all of them."""
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:                                  # Mistral: one window for all layers; Llama: none
+        return [window] * config.num_hidden_layers
+    return [window if kind == "sliding_attention" else None for kind in kinds]
+
+
+def inverse_frequencies(config):
+    """Rotary frequencies (head_dim / 2,): theta^(-2i / head_dim), stretched for Llama 3.1's longer context."""
+    rope, dim = config.rope_parameters, head_dim(config)
+    freq = 1.0 / rope["rope_theta"] ** (torch.arange(0, dim, 2, device="cpu").float() / dim)
+    if rope["rope_type"] == "default":
+        return freq
+    if rope["rope_type"] != "llama3":
+        raise ValueError(f"rope scaling '{rope['rope_type']}' is not supported; these are: default, llama3.")
+    # Llama 3.1: long wavelengths are divided by `factor`, short ones kept, those between blended linearly.
+    turns = rope["original_max_position_embeddings"] * freq / (2 * math.pi)
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    keep = ((turns - low) / (high - low)).clamp(0, 1)
+    return keep * freq + (1 - keep) * freq / rope["factor"]
+
+
+def rotate(x, cos, sin):
+    """Rotary positions: turn each pair (x_i, x_{i + head_dim/2}) by its angle. x (B, T, heads, head_dim)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+def allowed(mask, T, S, window, device):
+    """Which of S keys each of the last T queries may read, (1 or B, 1, T, S) bool; None where plain causal does."""
+    if mask is None and (window is None or window >= S) and T in (1, S):
+        return None
+    query = torch.arange(S - T, S, device=device)[:, None]
+    key = torch.arange(S, device=device)[None]
+    ok = (key <= query)[None, None]
+    if window is not None:
+        ok = ok & (key > query - window)
+    if mask is not None:
+        ok = ok & mask.bool()[:, None, None, :]
+    return ok | (key == query)                         # a padded query reads itself: no empty softmax, no NaN
+
+
+# ------------------------------------------------------------------------------------------- log-probability of a token
+
+TILE_BYTES = 256 << 20                                 # largest (rows, V) piece that `token_logprobs` holds at a time
+
+
+def token_logprobs(hidden, weight, targets, temperature=1.0):
+    """log pi(target) and the entropy of the whole next-token distribution, at the sampling temperature.
+
+    hidden (..., D); weight (V, D) fp32; targets (...) int64. Returns logp (...) and entropy (...), fp32, differentiable
+    in both. By definition
+
+        logits = hidden @ weight.T / temperature
+        logp, entropy = log_softmax(logits)[targets], -(softmax(logits) * log_softmax(logits)).sum(-1)
+
+    computed here in pieces of rows, each of at most TILE_BYTES of logits and computed again in the backward pass.
+    """
+    shape, rows = targets.shape, max(1, TILE_BYTES // (4 * weight.shape[0]))
+    hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    pieces = list(zip(hidden.split(rows), targets.split(rows)))
+    if len(pieces) == 1 or not torch.is_grad_enabled():
+        results = [piece_logprobs(h, weight, t, temperature) for h, t in pieces]
+    else:
+        results = [checkpoint(piece_logprobs, h, weight, t, temperature, use_reentrant=False) for h, t in pieces]
+    logp, entropy = (torch.cat(parts).view(shape) for parts in zip(*results))
+    return logp, entropy
+
+
+def piece_logprobs(hidden, weight, targets, temperature):
+    logits = F.linear(hidden, weight.to(hidden.dtype)).float() / temperature    # (N, V); bf16 ends with the matmul
+    all_logp = logits.log_softmax(-1)
+    entropy = -(all_logp.exp() * all_logp).sum(-1)
+    return all_logp.gather(1, targets[:, None])[:, 0], entropy
+
+
+# ---------------------------------------------------------------------------------------------------------- checkpoints
+
+def load(name_or_path, device="cpu", dtype=torch.float32):
+    """A folder, or a name on the Hugging Face hub -> (policy, tokenizer).
+
+    Parameters become fp32; `dtype` is that of the activations (bf16 on a GPU). Nothing but safetensors is read, and no
+    code that comes with a checkpoint is run. ValueError, in one sentence, for a missing or damaged checkpoint, for an
+    architecture that is not one of FAMILIES, and for weights that are missing or of another shape.
+    """
+    from safetensors import SafetensorError, safe_open
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        folder = download(str(name_or_path))
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"'{name_or_path}' is not a model folder: it has no config.json.")
+    try:
+        model_type = json.loads((folder / "config.json").read_text())["model_type"]
+        if model_type not in FAMILIES:
+            raise ValueError(f"model type '{model_type}' is not supported; these are: {', '.join(FAMILIES)}.")
+        config = AutoConfig.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (KeyError, OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"'{name_or_path}' has an unreadable config or tokenizer: {str(error).splitlines()[0]}")
+    with torch.device("meta"):
+        policy = Policy(config)
+    wanted = policy.state_dict()
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt", device=str(device)) as tensors:
+                for name in tensors.keys():
+                    if name in wanted:                 # a tied checkpoint may carry a copy of its head: left out
+                        found[name] = tensors.get_tensor(name).float()
+        except SafetensorError as error:
+            raise ValueError(f"'{file}' is damaged ({error}); copy or download it again.")
+    for name, parameter in wanted.items():
+        if name not in found:
+            raise ValueError(f"'{name_or_path}' lacks the weight '{name}'.")
+        if found[name].shape != parameter.shape:
+            raise ValueError(f"'{name_or_path}' has '{name}' of shape {tuple(found[name].shape)}, "
+                             f"but its config asks for {tuple(parameter.shape)}.")
+    policy.load_state_dict(found, assign=True)
+    if tokenizer.pad_token is None:                    # masks come from positions, so padding may be any token
+        tokenizer.pad_token = tokenizer.eos_token
+    policy.inv_freq = inverse_frequencies(config).to(device)
+    policy.dtype = dtype
+    stops = set(policy.stop_ids) | ids_of(tokenizer.eos_token_id)
+    if (folder / "generation_config.json").is_file():  # chat models name their end-of-turn token here
+        stops |= ids_of(GenerationConfig.from_pretrained(folder).eos_token_id)
+    policy.stop_ids = sorted(stops)
+    return policy, tokenizer
+
+
+def download(name):
+    """Fetch a checkpoint from the hub; safetensors and json only."""
+    from huggingface_hub import snapshot_download
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]))
+    except Exception as error:                         # whatever the network or the hub says, told in one sentence
+        raise ValueError(f"'{name}' is neither a folder here nor a model that the hub gives ({type(error).__name__}).")
+
+
+def save(policy, tokenizer, path):
+    """Write a folder that `load` and transformers' Auto classes open; it appears whole or not at all."""
+    from safetensors.torch import save_file
+    from transformers import GenerationConfig
+    path = Path(path)
+    aside = path.with_name(path.name + ".tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    policy.config.architectures = [FAMILIES[policy.config.model_type]]
+    policy.config.dtype = torch.float32
+    policy.config.save_pretrained(aside)
+    stops = policy.stop_ids if len(policy.stop_ids) > 1 else policy.stop_ids[0] if policy.stop_ids else None
+    GenerationConfig(eos_token_id=stops, pad_token_id=tokenizer.pad_token_id).save_pretrained(aside)
+    tokenizer.save_pretrained(aside)
+    weights = {name: w.detach().contiguous() for name, w in policy.state_dict().items()}
+    save_file(weights, aside / "model.safetensors", metadata={"format": "pt"})
+    for file in aside.iterdir():
+        with open(file, "rb") as written:
+            os.fsync(written.fileno())
+    shutil.rmtree(path, ignore_errors=True)
+    aside.rename(path)
+
+
+# ----------------------------------------------------------------------------------------------------------- the default
+
+CHARACTERS = "0123456789+-*/()=, "
+
+
+def tiny(width=128, layers=4, heads=4, kv_heads=2, inner=384, seed=0, characters=CHARACTERS):
+    """A fresh policy of about 1M parameters whose tokens are characters -> (policy, tokenizer).
+
+    An ordinary Llama checkpoint once saved: nothing downstream knows that it is small.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, PreTrainedTokenizerFast
+    vocab = {token: i for i, token in enumerate(["<pad>", "<eos>", "<unk>", *characters])}
+    characterwise = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    characterwise.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    characterwise.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=characterwise, pad_token="<pad>", eos_token="<eos>",
+                                        unk_token="<unk>", padding_side="left", clean_up_tokenization_spaces=False)
+    config = LlamaConfig(vocab_size=len(vocab), hidden_size=width, intermediate_size=inner, num_hidden_layers=layers,
+                         num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=width // heads,
+                         max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=None, eos_token_id=1,
+                         pad_token_id=0, rms_norm_eps=1e-6)
+    policy = Policy(config)
+    generator = torch.Generator().manual_seed(seed)
+    for name, weight in policy.named_parameters():
+        if weight.dim() == 2:                          # 1/sqrt(fan in); what adds to the residual stream starts smaller
+            small = (2 * layers) ** -0.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
+            nn.init.normal_(weight, std=small * weight.shape[1] ** -0.5, generator=generator)
+    return policy, tokenizer

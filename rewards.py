@@ -1,0 +1,577 @@
+"""What is correct: two tasks whose answers a few lines of exact arithmetic can check.
+
+A task hands out problems, writes their prompts and gives each sampled text a reward of 1.0 or 0.0.
+
+    Countdown   make a target out of a few numbers with + - * /, each number used exactly once
+    Math        questions with a reference answer, compared with the last \\boxed{...} of the text
+
+One Countdown problem, worked:
+
+    >>> task = Countdown()                             # laptop setting: 4 numbers in 1..9
+    >>> x = Problem(numbers=(4, 7, 2, 9), target=24)
+    >>> task.prompt(x)
+    '4 7 2 9,24='
+    >>> task.reward(x, "2*(9+7-4)")                    # 2 * 12
+    1.0
+    >>> task.reward(x, "4*(7-2)+4")                    # also 24, but 4 twice and no 9
+    0.0
+    >>> task.canonical("2*(9+7-4)") == task.canonical("(7-(4-9))*2")
+    True
+    >>> len(task.solutions(x))                         # A(x) of Eq. (2)
+    2
+
+Eq. (2) of the paper, the solution multiplicity of a task, is the mean of that last number.
+The paper's own setting is `Countdown(counts=(3, 4), high=99, targets=(10, 100), style="think")`.
+
+Rewards are the target of optimisation, so a verifier is read by the one reader who looks for its
+holes. Ours never executes the text, never raises on any string, refuses what it cannot parse, and
+looks at no more than a few hundred characters of an answer.
+"""
+
+import hashlib
+import json
+import random
+import re
+from fractions import Fraction
+from typing import NamedTuple
+
+MAX_ANSWER = 300  # characters; a longer answer is refused before anything reads it
+MAX_DEPTH = 30  # nested parentheses, so that the recursive parser cannot overflow the stack
+MAX_TRIES = 100_000  # draws before a setting is called impossible
+
+
+# Arithmetic. A tree is an int or (op, left, right); a node is (numerator, denominator, tree).
+
+
+def join(op, left, right):
+    """The node `left op right` in exact integers: join("/", (1, 1, 1), (2, 1, 2))[:2] is (1, 2).
+
+    Fractions are not reduced (a few numbers cannot grow far), which is what makes this fast.
+    Division by zero gives 0/0, and every later operation keeps it 0/0.
+    """
+    (a, b, x), (c, d, y) = left, right
+    if op == "+":
+        return a * d + c * b, b * d, (op, x, y)
+    if op == "-":
+        return a * d - c * b, b * d, (op, x, y)
+    if op == "*":
+        return a * c, b * d, (op, x, y)
+    if c == 0:  # without this line 1/(1/0) would be 0
+        return 0, 0, (op, x, y)
+    return a * d, b * c, (op, x, y)
+
+
+def parse(text):
+    """The node of an expression, or None: parse("2*(1+3)") is (8, 1, ("*", 2, ("+", 1, 3))).
+
+    ASCII digits, + - * / ( ) and blanks between them. What the grammar has no rule for is refused:
+    signs ("-1+2"), "**", "//", "1 2", "07", "1+2=3", any other character.
+
+        sum     = product (("+" | "-") product)*
+        product = atom (("*" | "/") atom)*
+        atom    = number | "(" sum ")"
+    """
+    if len(text) > MAX_ANSWER or not re.fullmatch(r"[-+*/() \t\r\n0-9]*", text):
+        return None
+    tokens = re.findall(r"0|[1-9][0-9]*|[-+*/()]", text) + ["end"]
+    tokens.reverse()  # tokens[-1] is the next one, tokens.pop() takes it
+
+    def chain(ops, part, depth):  # grouped from the left: 9-4-3 is (9-4)-3
+        node = part(depth)
+        while tokens[-1] in ops:
+            node = join(tokens.pop(), node, part(depth))
+        return node
+
+    def sum_(depth):
+        return chain(("+", "-"), product, depth)
+
+    def product(depth):
+        return chain(("*", "/"), atom, depth)
+
+    def atom(depth):
+        token = tokens.pop()
+        if token.isdigit():
+            return int(token), 1, int(token)
+        if token != "(" or depth == MAX_DEPTH:
+            raise ValueError(token)
+        node = sum_(depth + 1)
+        if tokens.pop() != ")":
+            raise ValueError("not closed")
+        return node
+
+    try:
+        node = sum_(0)
+    except ValueError:
+        return None
+    return node if tokens == ["end"] else None
+
+
+# Where parentheses stay: the operators that a left or right operand may not have unwrapped.
+WRAP_LEFT = {"+": "", "-": "", "*": "+-", "/": "+-"}
+WRAP_RIGHT = {"+": "", "-": "+-", "*": "+-", "/": "+-*/"}
+
+
+def render(tree):
+    """The tree as text with as few parentheses as possible: ("-", 1, ("-", 2, 3)) is "1-(2-3)"."""
+    if isinstance(tree, int):
+        return str(tree)
+    op, left, right = tree
+    x, y = render(left), render(right)
+    if not isinstance(left, int) and left[0] in WRAP_LEFT[op]:
+        x = f"({x})"
+    if not isinstance(right, int) and right[0] in WRAP_RIGHT[op]:
+        y = f"({y})"
+    return x + op + y
+
+
+def flatten(tree, ops, inverse=False):
+    """The operands of nested sums (ops "+-") or products (ops "*/"), each with its sign.
+
+    flatten(("-", 1, ("-", 2, 3)), "+-") is [(False, 1), (True, 2), (False, 3)]: 1 - 2 + 3.
+    """
+    if isinstance(tree, int) or tree[0] not in ops:
+        return [(inverse, tree)]
+    op, left, right = tree
+    return flatten(left, ops, inverse) + flatten(right, ops, inverse != (op == ops[1]))
+
+
+def canonical_form(tree):
+    """One text for all trees that are equal up to commutativity and associativity.
+
+    Identified: any order and grouping of a sum with its signs, a-(b-c) = c+a-b, and of a product
+    with its divisions, a/(b/c) = c*a/b. Nothing else: (a-b)*(c-d) and (b-a)*(d-c) stay two
+    answers, as do a*(b+c) and a*b+a*c, and x*1 and x/1.
+    """
+    if isinstance(tree, int):
+        return str(tree)
+    ops = "+-" if tree[0] in "+-" else "*/"
+    parts = []
+    for inverse, part in flatten(tree, ops):
+        text = canonical_form(part)
+        wrap = ops == "*/" and not isinstance(part, int)  # a sum inside a product
+        parts.append((inverse, f"({text})" if wrap else text))
+    # Plain operands sort before inverse ones, and the leftmost is always plain: no leading sign.
+    return "".join(ops[inverse] + text for inverse, text in sorted(parts))[1:]
+
+
+def all_nodes(numbers):
+    """Every node that uses each number once, up to the order of the operands of + and *."""
+    if len(numbers) == 1:
+        return [(numbers[0], 1, numbers[0])]
+    nodes = []
+    for bits in range(1, 2 ** (len(numbers) - 1)):  # bit i: number i goes right; the last stays left
+        right = [n for i, n in enumerate(numbers) if bits >> i & 1]
+        left = [n for i, n in enumerate(numbers) if not bits >> i & 1]
+        right_nodes = all_nodes(right)
+        for x in all_nodes(left):
+            for y in right_nodes:
+                nodes += [join("+", x, y), join("*", x, y), join("-", x, y), join("-", y, x)]
+                nodes += [join("/", x, y), join("/", y, x)]
+    return nodes
+
+
+def hashed_share(text):
+    """A number in [0, 1) that depends on the text alone (Python's own hash changes every run)."""
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:4], "big") / 2**32
+
+
+def check_style(style, styles):
+    if style not in styles:
+        raise ValueError(f"Unknown style {style!r}: choose from {', '.join(styles)}.")
+
+
+def check_share(held_out):
+    if not 0 <= held_out <= 1:
+        raise ValueError(f"held_out is a share between 0 and 1, not {held_out}.")
+
+
+# Countdown
+
+
+def answer_of(text, style):
+    """What counts as the answer: the whole text, or for "think" the last <answer>...</answer>.
+
+    "<answer>1</answer> or <answer>2+3</answer>" gives "2+3". A last tag that is not closed, or
+    that stands inside another one, gives "". Anything may surround the tags.
+    """
+    if not isinstance(text, str):
+        return ""
+    if style != "think":
+        return text
+    *before, last = text.rsplit("<answer>", 2)
+    nested = len(before) == 2 and "</answer>" not in before[1]
+    if not before or nested or last.count("</answer>") != 1:
+        return ""
+    return last.partition("</answer>")[0]
+
+
+def countdown_reward(text, numbers, target, style="bare") -> float:
+    """1.0 if the answer in text uses each number exactly once and equals target, else 0.0.
+
+    countdown_reward("6/(5/4)", (4, 5, 6), Fraction(24, 5)) is 1.0: no rounding anywhere.
+    """
+    check_style(style, COUNTDOWN_STYLES)
+    answer = answer_of(text, style)
+    node = parse(answer)
+    if node is None:
+        return 0.0
+    numerator, denominator, _ = node
+    used = sorted(int(digits) for digits in re.findall("[0-9]+", answer))
+    return float(used == sorted(numbers) and denominator != 0 and numerator == target * denominator)
+
+
+class Problem(NamedTuple):
+    numbers: tuple[int, ...]
+    target: int
+
+
+# The example in the second one is in letters, so that copying it can never be right.
+COUNTDOWN_STYLES = {
+    "bare": "{spaced},{target}=",
+    "think": (
+        "Use the numbers {listed} to make {target}. You may add, subtract, multiply and divide "
+        "(+ - * /) and use parentheses, and every number must be used exactly once. Reason step "
+        "by step inside <think> </think>, then give only the final expression inside "
+        "<answer> </answer>, for example <answer>(a + b) * c</answer> with numbers for letters."
+    ),
+    "ask": (
+        "Use each of the numbers {listed} exactly once, with + - * / and parentheses, to make "
+        "{target}. Answer with one arithmetic expression and nothing else."
+    ),
+}
+
+
+class Countdown:
+    """Random Countdown problems: count numbers in 1..high, and a target in the inclusive range."""
+
+    system = "You are a careful assistant who solves arithmetic puzzles."
+
+    def __init__(self, counts=(4,), high=9, targets=(1, 60), style="bare", held_out=0.1):
+        check_style(style, COUNTDOWN_STYLES)
+        check_share(held_out)
+        if not counts or not all(isinstance(n, int) and 2 <= n <= 5 for n in counts):
+            raise ValueError(f"counts must be integers from 2 to 5, not {counts}.")
+        if not isinstance(high, int) or high < 1:
+            raise ValueError(f"high must be an integer of at least 1, not {high}.")
+        if len(targets) != 2 or targets[0] > targets[1]:
+            raise ValueError(f"targets must be a pair (lowest, highest), not {targets}.")
+        self.counts, self.high, self.targets = tuple(counts), high, tuple(targets)
+        self.style, self.held_out = style, held_out
+
+    def example(self, rng, held_out=False):
+        """One problem of the wanted split with one answer: (Problem((4, 7, 2, 9), 24), "2*(9+7-4)").
+
+        Numbers are joined in random pairs with random operators until one expression is left; it
+        is kept if its value is an integer in range. This defines the distribution over problems.
+        """
+        if self.held_out == (0 if held_out else 1):
+            raise ValueError(f"held_out={self.held_out} leaves no problem in this split.")
+        draw, high, counts, (low, top) = rng.random, self.high, self.counts, self.targets
+        for _ in range(MAX_TRIES):
+            count = counts[int(draw() * len(counts))]
+            numbers = [int(draw() * high) + 1 for _ in range(count)]
+            nodes = [(n, 1, n) for n in numbers]
+            for left in range(count, 1, -1):
+                x = nodes.pop(int(draw() * left))
+                y = nodes.pop(int(draw() * (left - 1)))
+                nodes.append(join("+-*/"[int(draw() * 4)], x, y))
+            numerator, denominator, tree = nodes[0]
+            if denominator == 0 or numerator % denominator:
+                continue
+            problem = Problem(tuple(numbers), numerator // denominator)
+            if low <= problem.target <= top and self.is_held_out(problem) == held_out:
+                return problem, render(tree)
+        raise ValueError(f"No such problem in {MAX_TRIES} draws: widen targets={self.targets}.")
+
+    def problem(self, rng, held_out=False):
+        return self.example(rng, held_out)[0]
+
+    def held_out_problems(self, n):
+        """The same n distinct held-out problems on every call and every machine."""
+        rng, problems, repeats = random.Random(0), {}, 0
+        while len(problems) < n and repeats < 1000:
+            problem = self.problem(rng, held_out=True)
+            key = tuple(sorted(problem.numbers)), problem.target
+            repeats = repeats + 1 if key in problems else 0
+            problems.setdefault(key, problem)
+        if len(problems) < n:
+            raise ValueError(f"Only {len(problems)} held-out problems found, not {n}: ask for fewer.")
+        return list(problems.values())
+
+    def is_held_out(self, problem):
+        # Sorted: the same numbers in another order are the same problem, hence the same split.
+        return hashed_share(f"{sorted(problem.numbers)} {problem.target}") < self.held_out
+
+    def prompt(self, problem, style=None):
+        style = style or self.style
+        check_style(style, COUNTDOWN_STYLES)
+        words = [str(n) for n in problem.numbers]
+        return COUNTDOWN_STYLES[style].format(
+            spaced=" ".join(words), listed=", ".join(words), target=problem.target)
+
+    def reward(self, problem, text):
+        return countdown_reward(text, problem.numbers, problem.target, self.style)
+
+    def canonical(self, text):
+        """The canonical form of the answer in text, None when no answer parses."""
+        node = parse(answer_of(text, self.style))
+        return canonical_form(node[2]) if node else None
+
+    def solution(self, problem, rng):
+        """One random correct answer: solution(Problem((1, 2), 3), rng) is "1+2" or "2+1"."""
+        numbers = rng.sample(problem.numbers, len(problem.numbers))  # puts operands in random order
+        trees = [tree for a, b, tree in all_nodes(numbers) if b and a == problem.target * b]
+        if not trees:
+            raise ValueError(f"{problem} has no solution.")
+        return render(rng.choice(trees))
+
+    def solutions(self, problem):
+        """All distinct correct answers in canonical form, sorted; their number is A(x) in Eq. (2)."""
+        nodes = all_nodes(problem.numbers)
+        return sorted({canonical_form(t) for a, b, t in nodes if b and a == problem.target * b})
+
+
+# Math
+
+
+def last_boxed(text):
+    """The inside of the last balanced \\boxed{...}, or None: "so \\boxed{\\frac{1}{2}}." gives
+    "\\frac{1}{2}". A box cut off by the end of the text is passed over; a too long one is None."""
+    start = len(text)
+    while (start := text.rfind("\\boxed{", 0, start)) >= 0:
+        inside = text[start + 7 : start + 8 + MAX_ANSWER]
+        depth = 1
+        for match in re.finditer(r"\\.|[{}]", inside, re.DOTALL):  # \{ and \} do not count
+            depth += {"{": 1, "}": -1}.get(match[0], 0)
+            if depth == 0:
+                return inside[: match.start()]
+        if len(inside) > MAX_ANSWER:  # also bounds the loop: earlier boxes are longer still
+            return None
+    return None
+
+
+# Applied in this order. Left: how people write it. Right: the one way we compare.
+REWRITES = [(re.compile(pattern, re.ASCII), by) for pattern, by in [
+    (r"[−–]", "-"),
+    (r"(?<!\\)\\[!,;:>()\[\] ]|\\q?quad|~|\\(?:left|right)(?![a-z])|\\displaystyle", ""),
+    (r"\\[dtc]frac", r"\\frac"),
+    (r"\^\s*\{?\\circ\}?|\\degree|°|\\?[$%]", ""),
+    (r"\{,\}", ","),
+    (r"\\text\{\s*(?:and|or)\s*\}", ", "),
+    # a unit: words after a digit or bracket; but 3 p.m. is not 3 a.m.
+    (r"(?<=[\d})])\s*\\(?:text|mathrm|mbox)\{(?!\s*[ap]\.?m\b)[^{}]*\}(?:\^\{?[23]\}?)?\s*$", ""),
+    (r"(?<=\d)\s*(?:cm|mm|km|kg|inch(?:es)?|feet|miles|meters|units?|degrees|dollars|cents|"
+     r"years|days|hours|minutes|seconds)(?:\^\{?[23]\}?)?\s*$", ""),
+    (r"\\(?:text|mathrm|textbf|mbox)\{([^{}]*)\}", r"\1"),
+    (r"(?<=\d)\s+(\d+)\s*/\s*(\d+)", r"\\frac{\1}{\2}"),  # "1 1/2", before blanks go: not 11/2
+    (r",\s+", ";"),  # "100, 200" is a list, "100,200" a number
+    (r"(?<!\d)\s+|\s+(?!\d)", ""),  # "1 2" stays apart: it is not 12
+    (r"([_^])\{(\w)\}", r"\1\2"),
+    (r"\\sqrt(\w)", r"\\sqrt{\1}"),
+    (r"\\frac(\d|\\pi)", r"\\frac{\1}"),
+    (r"\\frac(\{[^{}]*\})(\w|\\pi)", r"\\frac\1{\2}"),
+    (r"^(-?)(\d*\\sqrt\{\w+\}|\d*\\pi|\w+)/(\w+)$", r"\1\\frac{\2}{\3}"),
+    (r"^\\frac\{-((?:\w|\\sqrt\{\w+\}|\\pi)+)\}", r"-\\frac{\1}"),
+    (r"(?:\\cdot|\\times|\*)(?=[a-zA-Z(]|\\sqrt|\\pi)", ""),
+    (r"\\cdot|\\times", "*"),
+    (r"\.$", ""),
+    (r"^\(([A-Z])\)$", r"\1"),  # multiple choice
+]]
+DECIMAL = r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)"
+RATIONAL = re.compile(
+    rf"([-+]?)(?:([0-9]*)\\frac\{{([-+]?{DECIMAL})\}}\{{([-+]?{DECIMAL})\}}"  # \frac{3}{4}, 1\frac{3}{4}
+    rf"|({DECIMAL})(?:/({DECIMAL}))?)")  # 3, 0.75, 3/4
+
+
+def exact(text):
+    """The Fraction that text writes, or None: "0.50", "1/2" and "\\frac{1}{2}" give the same."""
+    match = RATIONAL.fullmatch(text)
+    if not match:
+        return None
+    sign, whole, top, bottom, number, under = match.groups()
+    top, bottom = Fraction(top or number), Fraction(bottom or under or 1)
+    if bottom == 0:
+        return None
+    value = Fraction(whole or 0) + top / bottom
+    return -value if sign == "-" else value
+
+
+def split_list(text):
+    """Parts between top-level commas, None if brackets do not match: "(1,2),3" -> ["(1,2)", "3"]."""
+    parts, depth = [""], 0
+    for char in text:
+        depth += (char in "([{") - (char in ")]}")
+        if depth < 0:
+            return None
+        if char in ",;" and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += char
+    return parts
+
+
+def normal_part(text):
+    """One text for all ways to write a number, tuple, interval or set: "(0.5,3)" -> "(1/2,3)"."""
+    if re.fullmatch(r"[-+]?[0-9]{1,3}(,[0-9]{3})+(\.[0-9]*)?", text):
+        text = text.replace(",", "")
+    value = exact(text)
+    if value is not None:
+        return str(value)
+    if "\\cup" in text:
+        return "\\cup".join(sorted(normal_part(part) for part in text.split("\\cup")))
+    parts = split_list(text) or [text]
+    braces = text[:2] == "\\{" and text[-2:] == "\\}"
+    if braces:
+        parts = split_list(text[2:-2]) or [text]
+    if braces or len(parts) > 1:  # a set, or a list without brackets, which we read as a set
+        return "{" + ",".join(sorted({normal_part(part) for part in parts})) + "}"
+    inside = split_list(text[1:-1])
+    if text[:1] in ("(", "[") and text[-1:] in (")", "]") and inside and len(inside) > 1:
+        return text[0] + ",".join(normal_part(part) for part in inside) + text[-1]
+    return text.replace(";", ",")
+
+
+# "x=", "x \in" and "(x,y)=" at the start of an answer or of each item of a list.
+VARIABLE = re.compile(r"(^|[,;])([a-zA-Z](?:_?\w)?|\(\w(?:[,;]\w)+\))(?:=|\\in(?![a-z]))", re.ASCII)
+
+
+def normal_form(text):
+    """(variable, form) of an answer: "x = \\dfrac12" gives ("x", "1/2"), "50\\%" gives ("", "50")."""
+    for pattern, by in REWRITES:
+        text = pattern.sub(by, text)
+    names = {name.replace(";", ",") for _, name in VARIABLE.findall(text)}
+    if len(names) == 1:
+        return names.pop(), normal_part(VARIABLE.sub(r"\1", text))
+    return "", normal_part(text)
+
+
+def math_reward(text, answer) -> float:
+    """1.0 if the last \\boxed{} of text writes the same as answer (plain or boxed), else 0.0.
+
+    math_reward("so \\boxed{x=0.5}", "\\frac12") is 1.0. Numbers are compared exactly as fractions
+    (0.33 is not 1/3), everything else letter by letter after REWRITES: no algebra.
+    """
+    if not isinstance(text, str) or not isinstance(answer, str):
+        return 0.0
+    boxed, reference = last_boxed(text), last_boxed(answer) or answer
+    if boxed is None or len(reference) > MAX_ANSWER:
+        return 0.0
+    name, form = normal_form(boxed)
+    true_name, true_form = normal_form(reference)
+    if name and true_name and name != true_name:  # x=5 is not y=5, but 5 is either
+        return 0.0
+    return float(form == true_form and form != "")
+
+
+class MathProblem(NamedTuple):
+    question: str
+    answer: str
+
+
+def load_problems(path):
+    """The problems of a .jsonl file, a local one or hf://owner/repo[@revision]/path/file.jsonl.
+
+    A line has problem, question or prompt, and answer or solution: {"problem": "1+1?", "answer":
+    "2"}. Of a worked solution only what follows "####", or its last \\boxed{}, is the answer.
+    """
+    file = path
+    if str(path).startswith("hf://"):
+        file = download(path)
+    try:
+        with open(file, "rb") as stream:
+            lines = stream.read().split(b"\n")
+    except OSError as error:
+        raise ValueError(f"Cannot read {path}: {error.strerror}.") from None
+    problems = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            problems.append(read_problem(json.loads(line)))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}, line {number}: {error}") from None
+    if not problems:
+        raise ValueError(f"{path} holds no problems.")
+    return problems
+
+
+def read_problem(record):
+    if not isinstance(record, dict):
+        raise ValueError("not a JSON object")
+    question = next((record[k] for k in ("problem", "question", "prompt") if record.get(k)), None)
+    fields = [k for k in ("answer", "final_answer", "solution") if record.get(k) not in (None, "")]
+    answer = record[fields[0]] if fields else None
+    if isinstance(answer, list) and len(answer) == 1:  # OlympiadBench
+        answer = answer[0]
+    if not isinstance(question, str):
+        raise ValueError("no text under problem, question or prompt")
+    if not isinstance(answer, (str, int, float)):
+        raise ValueError("no text or number under answer, final_answer or solution")
+    answer = str(answer)
+    boxed = last_boxed(answer)
+    if "####" in answer:  # GSM8K
+        answer = answer.rpartition("####")[2]
+    elif boxed is not None:
+        answer = boxed
+    elif fields[0] == "solution" and len(answer) > 40:  # some files keep the bare answer there
+        raise ValueError("the solution has no \\boxed{} and no answer beside it")
+    return MathProblem(question, answer.strip())
+
+
+def download(path):
+    match = re.fullmatch(r"hf://([^/@]+/[^/@]+)(?:@([^/]+))?/(.+)", path)
+    if not match:
+        raise ValueError(f"{path} is not of the form hf://owner/repo/file.jsonl.")
+    repo, revision, filename = match.groups()
+    import huggingface_hub  # only here, so that everything else runs without it
+
+    try:
+        return huggingface_hub.hf_hub_download(
+            repo_id=repo, filename=filename, repo_type="dataset", revision=revision)
+    except Exception as error:  # offline, no such file, no access: many types, one sentence
+        raise ValueError(f"Cannot fetch {path}: {' '.join(str(error).split())}") from None
+
+
+MATH_STYLES = {
+    "boxed": "{question}\n\nLet's think step by step and output the final answer within \\boxed{{}}.",
+}
+
+
+class Math:
+    """Questions from a file, split like Countdown; held_out=1.0 keeps all for evaluation."""
+
+    system = "Please reason step by step, and put your final answer within \\boxed{}."
+
+    def __init__(self, path, held_out=0.1, style="boxed"):
+        check_style(style, MATH_STYLES)
+        check_share(held_out)
+        self.path, self.held_out, self.style = path, held_out, style
+        self.problems = {False: [], True: []}  # by split
+        for problem in load_problems(path):
+            self.problems[self.is_held_out(problem)].append(problem)
+
+    def problem(self, rng, held_out=False):
+        if not self.problems[held_out]:
+            raise ValueError(f"held_out={self.held_out} leaves no problem of {self.path} in this split.")
+        return rng.choice(self.problems[held_out])
+
+    def held_out_problems(self, n=None):
+        """The first n held-out problems in file order, all of them without n."""
+        return self.problems[True][:n]
+
+    def is_held_out(self, problem):
+        return hashed_share(problem.question) < self.held_out
+
+    def prompt(self, problem, style=None):
+        style = style or self.style
+        check_style(style, MATH_STYLES)
+        return MATH_STYLES[style].format(question=problem.question)
+
+    def reward(self, problem, text):
+        return math_reward(text, problem.answer)
+
+    def canonical(self, text):
+        """The normal form of the last boxed answer, None when there is none."""
+        boxed = last_boxed(text) if isinstance(text, str) else None
+        return normal_form(boxed)[1] or None if boxed else None

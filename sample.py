@@ -1,0 +1,116 @@
+"""How y is drawn: batched sampling with a key-value cache.
+
+Each prompt is read once and its keys and values are handed to the G answers of its group. Then one token per row and step,
+drawn from the full softmax at `temperature`: no top-k, no top-p, no penalty, because training scores what was sampled, and
+a truncated distribution would make that score wrong. The log-probability of each token is taken from the very logits that
+it was drawn from.
+
+Letters: B rows = prompts x G, the rows of one prompt contiguous; P prompt length; T response length; V vocabulary.
+
+    rollout = sample(policy, tokenizer, ["4 7 2 9,24="], group_size=4, max_new_tokens=24)
+    rollout.texts[0]          # '(9-7)*(2*4+4)' from a trained policy, anything from a fresh one
+"""
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+LOOK_EVERY = 8                # steps between two looks at which rows have ended: each look makes the host wait for a GPU
+
+
+@dataclass
+class Rollout:
+    """What was sampled. Everything about an answer's end comes from `mask`, never from token ids."""
+    tokens: torch.Tensor       # (B, P+T) int64: prompt, padded on the left, then response, padded on the right
+    prompt_mask: torch.Tensor  # (B, P) bool, False on the prompt's padding
+    response: torch.Tensor     # (B, T) int64, the tail of `tokens`
+    mask: torch.Tensor         # (B, T) bool, True on sampled tokens up to and including the first stop token
+    logp: torch.Tensor         # (B, T) fp32, log-probability of each sampled token at the sampling temperature; else 0
+    texts: list                # B strings, without the stop token
+    finished: torch.Tensor     # (B,) bool, False where max_new_tokens cut the answer
+
+
+@torch.no_grad()
+def sample(policy, tokenizer, prompts, group_size, max_new_tokens, temperature=1.0, generator=None):
+    """Draw `group_size` answers to each of `prompts` (strings ready to tokenise) -> Rollout.
+
+    generator: a torch.Generator on the policy's device, whose state alone decides the draws. ValueError for a prompt that
+    does not fit into the model's context together with its answer.
+    """
+    device, stop_ids = policy.device, torch.tensor(policy.stop_ids, device=policy.device)
+    prompt, prompt_mask = encode(tokenizer, prompts, device)                    # (prompts, P) each
+    context, P = policy.config.max_position_embeddings, prompt.shape[1]
+    if P + max_new_tokens > context:
+        raise ValueError(f"a prompt of {P} tokens and {max_new_tokens} new ones exceed the model's context of {context}.")
+
+    # Read each prompt once; its G rows start from copies of its cache and of its last hidden state.
+    row_prompt = torch.arange(len(prompts), device=device).repeat_interleave(group_size)    # (B,)
+    cache, B = policy.new_cache(), len(row_prompt)
+    padded = not prompt_mask.all()                     # prompts of one length need no attention mask at all
+    hidden = policy(prompt, prompt_mask if padded else None, cache)[:, -1]      # (prompts, D)
+    hidden, cache = hidden[row_prompt], cache.select(row_prompt, room=max_new_tokens)
+    seen = F.pad(prompt_mask[row_prompt], (0, max_new_tokens), value=True) if padded else None   # (B, P + new)
+
+    # All draws are made here, one uniform a token, so what a row says does not depend on which rows are still alive.
+    uniform = torch.rand(max_new_tokens, B, generator=generator, device=device)
+    response = torch.zeros(B, max_new_tokens, dtype=torch.int64, device=device)
+    logp = torch.zeros(B, max_new_tokens, device=device)
+    length = torch.full((B,), max_new_tokens, device=device)                    # until a stop token says otherwise
+    alive = torch.arange(B, device=device)             # the rows in the cache; finished ones leave at the next look
+    for t in range(max_new_tokens):
+        scores = policy.logits(hidden) / temperature                            # (alive, V) fp32
+        all_logp = scores.log_softmax(-1)
+        token = draw(all_logp.exp(), uniform[t, alive])                         # (alive,)
+        response[alive, t] = token
+        logp[alive, t] = all_logp.gather(1, token[:, None])[:, 0]
+        stopped = torch.isin(token, stop_ids)
+        length[alive] = torch.where(stopped, length[alive].clamp(max=t + 1), length[alive])
+        if t + 1 == max_new_tokens:
+            break
+        if (t + 1) % LOOK_EVERY == 0:
+            going = (length[alive] > t + 1).nonzero()[:, 0]
+            if len(going) == 0:
+                break
+            if len(going) < 0.8 * len(alive):          # drop finished rows where it pays for the copy
+                alive, token, cache = alive[going], token[going], cache.select(going, room=cache.room)
+        mask = None if seen is None else seen[alive, :P + t + 1]
+        hidden = policy(token[:, None], mask, cache)[:, -1]                     # (alive, D)
+
+    T = int(length.max())
+    mask = torch.arange(T, device=device) < length[:, None]                     # (B, T)
+    response = torch.where(mask, response[:, :T], tokenizer.pad_token_id)
+    finished = torch.isin(response.gather(1, length[:, None] - 1)[:, 0], stop_ids)
+    kept = [ids[:n] for ids, n in zip(response.tolist(), (length - finished.long()).tolist())]
+    return Rollout(tokens=torch.cat([prompt[row_prompt], response], dim=1), prompt_mask=prompt_mask[row_prompt],
+                   response=response, mask=mask, logp=torch.where(mask, logp[:, :T], 0.0),
+                   texts=tokenizer.batch_decode(kept, skip_special_tokens=True), finished=finished)
+
+
+def chat(tokenizer, system, text, style):
+    """What a user writes, wrapped by the tokenizer's chat template; as it is for style "bare" or without a template."""
+    if style == "bare" or not tokenizer.chat_template:
+        return text
+    turns = [{"role": "system", "content": system}, {"role": "user", "content": text}]
+    try:
+        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    except Exception:                                  # some templates refuse a system turn: say it all as the user
+        turns = [{"role": "user", "content": f"{system}\n\n{text}"}]
+        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+
+
+def encode(tokenizer, prompts, device):
+    """Strings -> token ids (prompts, P) padded on the left, and their mask, bool. A text that opens with the
+    beginning-of-sequence token (chat templates write it) is not given a second one."""
+    begun = bool(tokenizer.bos_token) and prompts[0].startswith(tokenizer.bos_token)
+    batch = tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt", add_special_tokens=not begun)
+    return batch.input_ids.to(device), batch.attention_mask.bool().to(device)
+
+
+def draw(probs, uniform):
+    """One index a row by inverting the distribution function: the first whose cumulated probability exceeds u.
+
+    probs (N, V), uniform (N,) in [0, 1). Scaled by the last cumulated value, which fp32 rounding leaves near 1, not at 1.
+    """
+    cumulated = probs.cumsum(-1)
+    target = uniform[:, None] * cumulated[:, -1:]
+    return torch.searchsorted(cumulated, target, right=True)[:, 0].clamp(max=probs.shape[-1] - 1)

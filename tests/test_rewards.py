@@ -1,0 +1,868 @@
+"""Tests of rewards.py: what is correct, for Countdown and for math. CPU, no network, about 15 s.
+
+Bugs that these tests kill; each was put in once and seen to fail:
+  verifier    a number used twice or left out; a number glued from two ("1 2"); unary signs; "**" and
+              "//"; 1/(1/0) taken for 0; floats instead of exact fractions; trailing text ignored;
+              first answer tag read instead of the last; an open or nested tag read; no cap on length
+              or on nesting; Unicode digits accepted; "-" or "/" grouped from the right
+  generator   a number of the problem not used; operands in the order of the prompt; needed
+              parentheses dropped, needless ones kept; target outside the range; problem of the
+              other split
+  solver      one order of "-" or "/" forgotten; a split of the numbers forgotten; duplicates counted;
+              a-(b-c) kept apart from a-b+c; (a-b)*(c-d) merged with a*c-b*d
+  split       the order of the numbers matters; Python's own hash; other held-out problems each call
+  math        each kind of row in the tables below; last box unbalanced; text after it lost; "1,234"
+              read as a list, "(1,234)" as a number; x=5 taken for y=5; 1e999999999 expanded
+  files       line number off by one; blank file accepted; hub file taken for a local one
+"""
+
+import ast
+import doctest
+import itertools
+import json
+import random
+import string
+import time
+import tracemalloc
+import warnings
+from fractions import Fraction
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import rewards
+from rewards import Countdown, Math, Problem, countdown_reward, load_problems, math_reward
+
+LAPTOP = Countdown()
+PAPER = Countdown(counts=(3, 4), high=99, targets=(10, 100), style="think")
+SETTINGS = {"laptop": LAPTOP, "three": Countdown(counts=(3,)), "paper": PAPER}
+
+
+def key(problem):
+    return tuple(sorted(problem.numbers)), problem.target
+
+
+def tagged(task, answer):
+    return f"<answer>{answer}</answer>" if task.style == "think" else answer
+
+
+# An independent checker: Python's own parser on whitelisted text, then fractions.
+
+OPS = {
+    ast.Add: lambda a, b: a + b, ast.Sub: lambda a, b: a - b,
+    ast.Mult: lambda a, b: a * b, ast.Div: lambda a, b: a / b,
+}
+
+
+def ast_value(node, leaves):
+    if isinstance(node, ast.Constant) and type(node.value) is int:
+        leaves.append(node.value)
+        return Fraction(node.value)
+    if isinstance(node, ast.BinOp) and type(node.op) in OPS:
+        left, right = ast_value(node.left, leaves), ast_value(node.right, leaves)
+        return OPS[type(node.op)](left, right)
+    raise SyntaxError("not an expression of the game")
+
+
+def oracle(text, numbers, target):
+    if not set(text) <= set("0123456789+-*/() "):
+        return 0.0
+    leaves = []
+    try:
+        value = ast_value(ast.parse(text.strip(), mode="eval").body, leaves)
+    except (SyntaxError, ZeroDivisionError):
+        return 0.0
+    return float(sorted(leaves) == sorted(numbers) and value == target)
+
+
+def mutated(text, rng):
+    """A right answer with a few random edits, some of which keep it right."""
+    for _ in range(rng.choice([0, 1, 1, 1, 2, 3])):
+        i = rng.randrange(len(text) + 1)
+        j = rng.randrange(i, len(text) + 1)
+        edit = rng.randrange(7)
+        if edit == 0:  # insert anything
+            text = text[:i] + rng.choice("0123456789+-*/() .=e_²１−") + text[i:]
+        elif edit == 1:  # drop a character
+            text = text[:i] + text[i + 1 :]
+        elif edit == 2:  # another operator or digit
+            text = text[:i] + rng.choice("+-*/123456789") + text[i + 1 :]
+        elif edit == 3:  # brackets around a stretch
+            text = text[:i] + "(" + text[i:j] + ")" + text[j:]
+        elif edit == 4:  # a blank
+            text = text[:i] + " " + text[i:]
+        elif edit == 5:  # brackets around everything
+            text = f"({text})"
+        else:  # two characters change places
+            swap = list(text)
+            if swap:
+                a, b = rng.randrange(len(swap)), rng.randrange(len(swap))
+                swap[a], swap[b] = swap[b], swap[a]
+            text = "".join(swap)
+    return text
+
+
+@pytest.mark.filterwarnings("ignore::SyntaxWarning")
+def test_verifier_agrees_with_an_independent_checker():
+    rng = random.Random(0)
+    accepted = total = 0
+    for task in (LAPTOP, SETTINGS["three"], PAPER):
+        for _ in range(12_000):
+            problem, answer = task.example(rng)
+            for _ in range(3):
+                text = mutated(answer, rng)
+                got = countdown_reward(text, *problem)
+                want = oracle(text, *problem)
+                assert got == want, f"{text!r} for {problem}: verifier {got}, independent {want}"
+                accepted, total = accepted + int(got), total + 1
+    assert total >= 100_000
+    assert 0.2 < accepted / total < 0.8, f"one-sided test: {accepted} of {total} accepted"
+
+
+# (why, text, expected) for numbers 2 3 5 7 and target 24, style bare: (7-3)*(5-2)+12 is not possible,
+# 3*7+5-2 is.
+BARE = [
+    ("right", "3*7+5-2", 1),
+    ("right, brackets", "((3*7)+(5-2))", 1),
+    ("right, other order", "5-2+7*3", 1),
+    ("right, blanks", "  3 * 7 + 5 - 2 ", 1),
+    ("right, newline at the end", "3*7+5-2\n", 1),
+    ("right, grouped from the left", "5-2+7*3", 1),
+    ("right only if - groups from the right", "5-2-7*3", 0),
+    ("30 nested brackets", "(" * 30 + "3*7+5-2" + ")" * 30, 1),
+    ("31 nested brackets", "(" * 31 + "3*7+5-2" + ")" * 31, 0),
+    ("many brackets, none deep", "(3)*((7))+((5))-((2))", 1),
+    ("wrong value", "3*7+5+2", 0),
+    ("a number missing", "3*7+5", 0),
+    ("a number twice", "3*7+5-2+2-2", 0),
+    ("target alone", "24", 0),
+    ("target and the rest cancelled", "24+2-2", 0),
+    ("other numbers, right value", "4*6", 0),
+    ("empty", "", 0),
+    ("blank", "   ", 0),
+    ("empty brackets", "()", 0),
+    ("equation", "3*7+5-2=24", 0),
+    ("chain of equations", "3*7=21+5=26-2=24", 0),
+    ("prompt repeated", "2 3 5 7,24=3*7+5-2", 0),
+    ("text before", "Answer: 3*7+5-2", 0),
+    ("text after", "3*7+5-2 is the answer", 0),
+    ("full stop", "3*7+5-2.", 0),
+    ("second answer", "3*7+5-2\n3*7+5-2", 0),
+    ("comma", "3*7+5-2,", 0),
+    ("comment", "3*7+5-2#24", 0),
+    ("C comment", "3*7+5-2/*24*/", 0),
+    ("semicolon", "3*7+5-2;", 0),
+    ("unary minus", "-2+3*7+5", 0),
+    ("unary plus", "+3*7+5-2", 0),
+    ("unary minus inside", "3*7-(-5)-2", 0),
+    ("double minus", "3*7--5-2", 0),
+    ("plus minus", "3*7+5+-2", 0),
+    ("open bracket", "(3*7+5-2", 0),
+    ("close bracket", "3*7+5-2)", 0),
+    ("wrong way round", ")3*7+5-2(", 0),
+    ("brackets as product", "3(7)+5-2", 0),
+    ("brackets glued", "(3)(7)+5-2", 0),
+    ("operator at the end", "3*7+5-2+", 0),
+    ("operator at the start", "*3*7+5-2", 0),
+    ("number e", "3e0*7+5-2", 0),
+    ("underscore", "3*7+5-2_", 0),
+    ("decimal", "3.0*7+5-2", 0),
+    ("leading zero", "03*7+5-2", 0),
+    ("hexadecimal", "0x3*7+5-2", 0),
+    ("times sign", "3×7+5-2", 0),
+    ("Unicode minus", "3*7+5−2", 0),
+    ("full-width digits", "３*7+5-2", 0),
+    ("Arabic digits", "٣*7+5-2", 0),
+    ("superscript", "3*7+5-2²", 0),
+    ("no-break space", "3*7+5\u00a0-2", 0),
+    ("zero-width space", "3*7+5-2\u200b", 0),
+    ("NUL", "3*7+5-2\x00", 0),
+    ("lone surrogate", "3*7+5-2\ud800", 0),
+    ("tag in bare style", "<answer>3*7+5-2</answer>", 0),
+    ("LaTeX", "$3*7+5-2$", 0),
+    ("code", "__import__('os')", 0),
+    ("longer than the cap", "3*7+5-2" + " " * 300, 0),
+]
+
+
+@pytest.mark.parametrize("why, text, expected", BARE, ids=[row[0] for row in BARE])
+def test_bare_answers(why, text, expected):
+    got = countdown_reward(text, (2, 3, 5, 7), 24)
+    assert got == expected, f"{why}: {text[:80]!r} must score {expected}, scored {got}"
+
+
+# (why, text, numbers, target, expected)
+EXACT = [
+    ("thirds add up", "1/3+2/3*4", (1, 3, 2, 3, 4), 3, 1),
+    ("8/(3-8/3)", "8/(3-8/3)", (3, 3, 8, 8), 24, 1),
+    ("almost an integer", "1/49*49+1", (1, 49, 49, 1), 2, 1),
+    ("an error floats do not see", "(99999999*99999999+1)-99999999*99999999",
+     (99999999,) * 4 + (1,), 0, 0),
+    ("integer division is not meant", "7/2", (7, 2), 3, 0),
+    ("floor division", "7//2", (7, 2), 3, 0),
+    ("power", "2**3", (2, 3), 8, 0),
+    ("caret", "2^3", (2, 3), 8, 0),
+    ("modulo", "7%4", (7, 4), 3, 0),
+    ("glued digits", "1 2", (1, 2), 12, 0),
+    ("glued digits, one number", "1 2", (12,), 12, 0),
+    ("digits written together", "12", (1, 2), 12, 0),
+    ("one number", "12", (12,), 12, 1),
+    ("number cut in two", "1+2", (12,), 3, 0),
+    ("multiset, not set", "2*2", (2, 2), 4, 1),
+    ("the same number once too few", "2+2", (2, 2, 2), 4, 0),
+    ("the same number once too often", "2+2+2", (2, 2), 6, 0),
+    ("division by zero", "5/(2-2)", (5, 2, 2), 0, 0),
+    ("zero over zero", "(3-3)/(2-2)", (3, 3, 2, 2), 0, 0),
+    ("1/(1/0) is not 0", "4/(4/(2-2))", (4, 4, 2, 2), 0, 0),
+    ("0*(1/0) is not 0", "(3-3)*(4/(2-2))", (3, 3, 4, 2, 2), 0, 0),
+    ("a/b/c groups from the left", "8/4/2", (8, 4, 2), 1, 1),
+    ("a/b*c groups from the left", "8/4*2", (8, 4, 2), 4, 1),
+    ("a-b+c groups from the left", "8-4+2", (8, 4, 2), 6, 1),
+    ("product before sum", "2+3*4", (2, 3, 4), 14, 1),
+    ("not from left to right", "2+3*4", (2, 3, 4), 20, 0),
+    ("negative on the way", "(1-9)*(2-5)", (1, 9, 2, 5), 24, 1),
+    ("fraction as target", "6/(5/4)", (4, 5, 6), Fraction(24, 5), 1),
+    ("huge integer", "9" * 250, (9,), 9, 0),
+    ("beyond the digits that int() takes", "9" * 5000, (9,), 9, 0),
+]
+
+
+@pytest.mark.parametrize("why, text, numbers, target, expected", EXACT, ids=[r[0] for r in EXACT])
+def test_exact_arithmetic(why, text, numbers, target, expected):
+    got = countdown_reward(text, numbers, target)
+    assert got == expected, f"{why}: {text[:80]!r} must score {expected}, scored {got}"
+
+
+RIGHT, WRONG = "<answer>3*7+5-2</answer>", "<answer>3*7+5+2</answer>"
+THINK = [
+    ("plain", RIGHT, 1),
+    ("after thoughts", f"<think>hm, 21+3</think>\n{RIGHT}", 1),
+    ("text after the tag", f"{RIGHT} so 24.", 1),
+    ("blanks inside", "<answer>\n 3*7+5-2 \n</answer>", 1),
+    ("wrong, then right", WRONG + RIGHT, 1),
+    ("right, then wrong", RIGHT + WRONG, 0),
+    ("three tags", WRONG + WRONG + RIGHT, 1),
+    ("no tag", "3*7+5-2", 0),
+    ("not closed", "<answer>3*7+5-2", 0),
+    ("right, then not closed", f"{RIGHT}<answer>3*7", 0),
+    ("closed only", "3*7+5-2</answer>", 0),
+    ("closed twice", f"{RIGHT}</answer>", 0),
+    ("nested", f"<answer>{RIGHT}</answer>", 0),
+    ("nested, closed once", f"<answer>{RIGHT}", 0),
+    ("right, then nested", f"{RIGHT}<answer>{RIGHT}", 0),
+    ("wrong way round", "</answer>3*7+5-2<answer>", 0),
+    ("capital letters", "<ANSWER>3*7+5-2</ANSWER>", 0),
+    ("attribute", "<answer id=1>3*7+5-2</answer>", 0),
+    ("words inside", "<answer>It is 3*7+5-2</answer>", 0),
+    ("equation inside", "<answer>3*7+5-2=24</answer>", 0),
+    ("empty", "<answer></answer>", 0),
+    ("the prompt's own example", "<answer>(a + b) * c</answer>", 0),
+]
+
+
+@pytest.mark.parametrize("why, text, expected", THINK, ids=[row[0] for row in THINK])
+def test_answer_tags(why, text, expected):
+    got = countdown_reward(text, (2, 3, 5, 7), 24, style="think")
+    assert got == expected, f"{why}: {text!r} must score {expected}, scored {got}"
+
+
+@pytest.mark.parametrize("style", ["bare", "think", "ask"])
+@pytest.mark.parametrize("settings_", SETTINGS)
+def test_copying_the_prompt_is_never_rewarded(style, settings_):
+    old = SETTINGS[settings_]
+    task = Countdown(old.counts, old.high, old.targets, style)
+    problems = task.held_out_problems(50) + [Problem((1, 2, 3), 9)]
+    for problem in problems:
+        prompt = task.prompt(problem)
+        for text in (prompt, prompt + prompt, tagged(task, prompt), str(problem.target)):
+            assert task.reward(problem, text) == 0, f"copied text is rewarded: {text!r}"
+        assert all(str(n) in prompt for n in (*problem.numbers, problem.target)), prompt
+
+
+def test_prompts_and_styles():
+    x = Problem((4, 7, 2, 9), 24)
+    assert LAPTOP.prompt(x) == "4 7 2 9,24="
+    assert "<answer>" in LAPTOP.prompt(x, "think") and LAPTOP.prompt(x, "think") == PAPER.prompt(x)
+    ask = Countdown(style="ask")
+    assert ask.reward(x, "2*(9+7-4)") == 1, "style ask reads answers like bare"
+    assert countdown_reward("2*(9+7-4)", *x, style="ask") == 1
+    assert ask.reward(x, "<answer>2*(9+7-4)</answer>") == 0
+    assert isinstance(LAPTOP.system, str) and LAPTOP.system
+    for bad in (lambda: LAPTOP.prompt(x, "poem"), lambda: countdown_reward("1", (1,), 1, "poem")):
+        with pytest.raises(ValueError, match="poem.*bare, think, ask"):
+            bad()
+
+
+# The generator
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("held_out", [False, True])
+def test_generated_examples_are_right(name, held_out):
+    task, rng = SETTINGS[name], random.Random(1)
+    shown = 0
+    for _ in range(2000):
+        problem, answer = task.example(rng, held_out)
+        assert oracle(answer, *problem) == 1, f"{answer} is not right for {problem}"
+        assert task.reward(problem, tagged(task, answer)) == 1, f"{answer} refused for {problem}"
+        assert len(problem.numbers) in task.counts and max(problem.numbers) <= task.high
+        assert task.targets[0] <= problem.target <= task.targets[1], f"{problem} out of range"
+        assert task.is_held_out(problem) == held_out, f"{problem} is of the other split"
+        assert len(answer) <= 24 and " " not in answer, answer
+        digits = "".join(c if c.isdigit() else " " for c in answer).split()
+        shown += [int(d) for d in digits] == list(problem.numbers)
+    # By chance 1/24 of 4 distinct numbers, 1/6 of 3, and more with repeated digits.
+    assert shown < 600, f"{shown} of 2000 answers use the numbers in the order of the prompt"
+
+
+def pairs(text):
+    """Positions of matching brackets."""
+    stack = []
+    for i, char in enumerate(text):
+        if char == "(":
+            stack.append(i)
+        elif char == ")":
+            yield stack.pop(), i
+
+
+def test_answers_have_no_needless_brackets():
+    rng = random.Random(2)
+    for _ in range(1000):
+        problem, example = LAPTOP.example(rng)
+        if len(set(problem.numbers)) < 4:  # 5-(1+7-7) is 5-1+7-7 by chance
+            continue
+        for answer in (example, LAPTOP.solution(problem, rng), *LAPTOP.solutions(problem)[:2]):
+            for i, j in pairs(answer):
+                less = answer[:i] + answer[i + 1 : j] + answer[j + 1 :]
+                same = LAPTOP.canonical(less) == LAPTOP.canonical(answer)
+                assert not same, f"{answer} has needless brackets: {less} is the same"
+
+
+def test_example_depends_on_the_rng_alone():
+    one, two = ([LAPTOP.example(random.Random(s)) for s in range(50)] for _ in range(2))
+    assert one == two and len(set(one)) > 45, "same seed, same example; other seed, another"
+    problems = [LAPTOP.problem(random.Random(s)) for s in range(50)]
+    assert problems == [problem for problem, _ in one], "problem() is the first half of example()"
+
+
+# The split
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_no_held_out_problem_in_training(name):
+    task, rng = SETTINGS[name], random.Random(3)
+    train = {key(task.problem(rng)) for _ in range(20_000)}
+    held_out = task.held_out_problems(150)
+    assert len({key(p) for p in held_out}) == 150, "held-out problems must be distinct"
+    assert held_out == task.held_out_problems(150), "the same list on every call"
+    assert held_out[:20] == task.held_out_problems(20), "a shorter list is the start of a longer one"
+    assert not train & {key(p) for p in held_out}, "a held-out problem occurs in training"
+    for p in held_out:
+        for order in itertools.permutations(p.numbers):
+            assert task.is_held_out(Problem(order, p.target)), f"order of {p} changes its split"
+
+
+def test_split_is_the_same_on_every_machine():
+    # Pinned: a change here silently moves training problems into everybody's evaluation.
+    assert LAPTOP.held_out_problems(3) == PINNED
+    everything = Countdown(held_out=0.5)
+    rng, half = random.Random(4), Countdown(held_out=0)
+    problems = {key(half.problem(rng)): None for _ in range(8000)}
+    share = sum(everything.is_held_out(Problem(*p)) for p in problems) / len(problems)
+    assert 0.47 < share < 0.53, f"held_out=0.5 keeps {share:.0%}"
+    share = sum(LAPTOP.is_held_out(Problem(*p)) for p in problems) / len(problems)
+    assert 0.08 < share < 0.12, f"held_out=0.1 keeps {share:.0%}"
+
+
+PINNED = [((3, 6, 4, 6), 13), ((9, 9, 4, 4), 1), ((8, 3, 8, 2), 21)]
+
+
+@pytest.mark.parametrize("kwargs, words", [
+    ({"counts": ()}, "counts"), ({"counts": (1,)}, "counts"), ({"counts": (6,)}, "counts"),
+    ({"counts": (2.5,)}, "counts"), ({"high": 0}, "high"), ({"high": 9.5}, "high"),
+    ({"targets": (60, 1)}, "targets"), ({"targets": (1,)}, "targets"),
+    ({"style": "poem"}, "poem"), ({"held_out": -0.1}, "held_out"), ({"held_out": 10}, "held_out"),
+])
+def test_bad_settings(kwargs, words):
+    with pytest.raises(ValueError, match=words):
+        Countdown(**kwargs)
+
+
+def test_impossible_requests_end_in_a_sentence(monkeypatch):
+    monkeypatch.setattr(rewards, "MAX_TRIES", 2000)
+    with pytest.raises(ValueError, match="ask for fewer"):
+        Countdown(counts=(2,), high=3).held_out_problems(1000)
+    with pytest.raises(ValueError, match="leaves no problem"):
+        Countdown(held_out=0).problem(random.Random(0), held_out=True)
+    with pytest.raises(ValueError, match="leaves no problem"):
+        Countdown(held_out=1).problem(random.Random(0))
+    with pytest.raises(ValueError, match="widen targets"):
+        Countdown(counts=(2,), high=3, targets=(500, 600)).problem(random.Random(0))
+    with pytest.raises(ValueError, match="no solution"):
+        LAPTOP.solution(Problem((1, 1), 7), random.Random(0))
+    assert LAPTOP.solutions(Problem((1, 1), 7)) == []
+
+
+# The solver and the canonical form, against an independent definition: all trees, and two of them
+# are the same when a chain of single steps of commutativity and associativity leads from one to
+# the other (union-find). Nothing is flattened or sorted here.
+
+
+def all_trees(numbers):
+    if len(numbers) == 1:
+        return [numbers[0]]
+    trees = []
+    for size in range(1, len(numbers)):
+        for chosen in itertools.combinations(range(len(numbers)), size):
+            rest = [n for i, n in enumerate(numbers) if i not in chosen]
+            for left in all_trees([numbers[i] for i in chosen]):
+                trees += [(op, left, right) for right in all_trees(rest) for op in "+-*/"]
+    return trees
+
+
+def steps(tree):
+    """Trees one step of commutativity or associativity away, anywhere in the tree."""
+    if isinstance(tree, int):
+        return
+    op, left, right = tree
+    plus, minus = "+-" if op in "+-" else "*/"
+    if op == plus:
+        yield plus, right, left  # a+b = b+a
+    if not isinstance(left, int) and left[0] in (plus, minus):
+        inner, a, b = left
+        if inner == plus:
+            yield plus, a, (op, b, right)  # (a+b)+c = a+(b+c), (a+b)-c = a+(b-c)
+        else:
+            yield minus, a, (minus if op == plus else plus, b, right)  # (a-b)-c = a-(b+c) ...
+    yield from ((op, step, right) for step in steps(left))
+    yield from ((op, left, step) for step in steps(right))
+
+
+def classes(trees):
+    """{tree: representative of its class}."""
+    parent = {tree: tree for tree in trees}
+
+    def find(tree):
+        while parent[tree] != tree:
+            parent[tree] = tree = parent[parent[tree]]
+        return tree
+
+    for tree in parent:
+        for step in steps(tree):
+            parent[find(step)] = find(tree)
+    return {tree: find(tree) for tree in parent}
+
+
+def spell(tree):
+    return str(tree) if isinstance(tree, int) else f"({spell(tree[1])}{tree[0]}{spell(tree[2])})"
+
+
+def tree_value(tree):
+    if isinstance(tree, int):
+        return Fraction(tree)
+    a, b = tree_value(tree[1]), tree_value(tree[2])
+    if a is None or b is None or (tree[0] == "/" and b == 0):
+        return None
+    return {"+": a + b, "-": a - b, "*": a * b}[tree[0]] if tree[0] != "/" else a / b
+
+
+@pytest.mark.parametrize("numbers, count", [
+    ((2, 3), 6), ((7, 7), 4), ((2, 3, 5), 68), ((2, 2, 3), None), ((11, 5, 5), None),
+    ((4, 7, 2, 9), 1260), ((4, 4, 8, 3), None), ((1, 1, 2, 2), None), ((6, 6, 6, 6), None),
+])
+def test_solver_against_brute_force(numbers, count):
+    cls = classes(all_trees(numbers))
+    form = {tree: LAPTOP.canonical(spell(tree)) for tree in cls}
+    assert None not in form.values()
+    together = {(cls[tree], form[tree]) for tree in cls}
+    merged = len(together) - len({f for _, f in together})
+    split = len(together) - len({c for c, _ in together})
+    assert merged == 0, f"{merged} pairs of different answers have one canonical form"
+    assert split == 0, f"{split} pairs of equal answers have two canonical forms"
+    if count is not None:
+        assert len(together) == count, f"{len(together)} different expressions, not {count}"
+    by_value = {}
+    for tree in cls:
+        by_value.setdefault(tree_value(tree), set()).add(form[tree])
+    for target in range(-5, 101):
+        got, want = LAPTOP.solutions(Problem(numbers, target)), sorted(by_value.get(target, ()))
+        assert got == want, f"{numbers} -> {target}: solver {got}, brute force {want}"
+
+
+def test_solutions_ignore_the_order_of_the_numbers():
+    for order in itertools.permutations((4, 4, 8, 3)):
+        assert LAPTOP.solutions(Problem(order, 24)) == LAPTOP.solutions(Problem((3, 4, 4, 8), 24))
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_solution_reaches_every_solution(name):
+    task, rng = SETTINGS[name], random.Random(5)
+    for problem in task.held_out_problems(40):
+        known = set(task.solutions(problem))
+        assert known, f"{problem} was generated, so it has an answer"
+        for answer in known:
+            assert oracle(answer, *problem) == 1, f"{answer} is not right for {problem}"
+            assert task.canonical(tagged(task, answer)) == answer, f"{answer} is not canonical"
+        if len(known) > 4:
+            continue
+        found = {task.solution(problem, rng) for _ in range(25 * len(known))}
+        assert {task.canonical(tagged(task, a)) for a in found} == known, f"unreached: {problem}"
+
+
+@pytest.mark.parametrize("one, two, same", [
+    ("1+2", "2+1", True), ("1*2", "2*1", True), ("1-2", "2-1", False), ("1/2", "2/1", False),
+    ("1-(2-3)", "1-2+3", True), ("1-(2-3)", "3+1-2", True), ("1-(2+3)", "1-3-2", True),
+    ("1/(2/3)", "1*3/2", True), ("1/(2*3)", "1/3/2", True), ("4*(1+2)", "(2+1)*4", True),
+    ("2*3*4", "4*(3*2)", True), ("2-(3-(4-5))", "2+4-5-3", True), ("(1+2)", "1+2", True),
+    ("1 + 2", "1+2", True), ("10+2", "2+10", True), ("1+2", "1+3", False),
+    ("4*(1+2)", "4*1+4*2", False), ("(1-2)*(3-4)", "(2-1)*(4-3)", False),
+    ("5*1", "5/1", False), ("12+3", "1+23", False), ("2+2*2", "(2+2)*2", False),
+    ("8/(4/2)", "8/4/2", False), ("1-(2-3)*4", "1+(3-2)*4", False),
+])
+def test_what_canonical_identifies(one, two, same):
+    a, b = LAPTOP.canonical(one), LAPTOP.canonical(two)
+    assert (a == b) == same, f"{one} -> {a}, {two} -> {b}: must be {'one' if same else 'two'}"
+
+
+def test_canonical_says_whether_an_answer_parses():
+    for text in ("", "1+", "1 2", "-1", "1=1", "()", "(" * 99, "a", "1" * 400, None, 7):
+        assert LAPTOP.canonical(text) is None, f"{text!r} does not parse"
+    assert LAPTOP.canonical("5/0") == "5/0", "division by zero parses, it only has no value"
+    assert PAPER.canonical("<answer>2 + 1</answer>") == "1+2"
+    assert PAPER.canonical("2+1") is None, "without a tag there is no answer"
+
+
+# Bounded: time, memory, and no exception on any text
+
+HOSTILE = [
+    "(" * 10**7, ")" * 10**7, "()" * 5 * 10**6, "1+" * 5 * 10**6, "9" * 10**7, " " * 10**7,
+    "-" * 10**7, "<answer>" * 10**6, "</answer>" * 10**6, "<answer>" + "(" * 10**7 + "</answer>",
+    "<answer></answer>" * 500_000, "\\boxed{" * 10**6, "\\boxed{" + "{" * 10**7, "{" * 10**7,
+    "\\boxed{" + "9" * 10**7 + "}", "\\boxed{1}" * 10**6, "}" * 10**7, "\\" * 10**7,
+    "\\boxed{\\frac{1}{" * 10**6, "\ud800" * 10**6, "\x00" * 10**7,
+]
+LINES = [
+    "(" * 290, "(" * 29 + "1" + ")" * 29, "1/" * 140 + "0", "1/(" * 30 + "0" + ")" * 30,
+    "9" * 290, "9*" * 140 + "9", "1-(" * 30 + "1" + ")" * 30, " " * 299 + "1", "-" * 290,
+    "\\frac" * 50, "{" * 140 + "}" * 140, "(1," * 70 + "1" + ")" * 70, "1," * 140, "\\text{" * 40,
+    "1 " * 140, "1 1/" * 60, "\\sqrt" * 50, "\\cup" * 60, "x=" * 100, "\\{" * 70 + "\\}" * 70,
+    "1e999999999", "1e-999999999", "\\frac{1}{0}", "0/0", "." * 200, "," * 200, "1/" * 100, "^" * 99,
+]
+
+
+def everything(text):
+    """All that reads a text."""
+    return (
+        countdown_reward(text, (1, 2, 3), 6), countdown_reward(text, (1, 2, 3), 6, "think"),
+        LAPTOP.canonical(text), PAPER.canonical(text), math_reward(text, "1"), MATH.canonical(text),
+    )
+
+
+MATH = Math.__new__(Math)  # canonical needs no file
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=[f"{t[:17]!a}" for t in HOSTILE])
+def test_ten_megabytes_are_refused_at_once(text):
+    start = time.perf_counter()
+    got = everything(text)
+    seconds = time.perf_counter() - start
+    assert not any(got[:4]), f"{text[:20]!r}...: {got[:4]}"
+    assert seconds < 2, f"{text[:20]!r}... took {seconds:.1f} s"
+
+
+def test_hostile_lines_take_milliseconds():
+    for line in LINES:
+        for text in (line, f"<answer>{line}</answer>", f"\\boxed{{{line}}}", line * 14):
+            start = time.perf_counter()
+            everything(text)
+            math_reward("\\boxed{1}", text)
+            ms = 1000 * (time.perf_counter() - start)
+            assert ms < 200, f"{text[:30]!r}... took {ms:.0f} ms; it should be well under 10"
+
+
+def test_no_memory_is_kept():
+    def attack(seed):
+        rng = random.Random(seed)
+        for line in LINES:
+            everything(f"<answer>\\boxed{{{line}{rng.random()}}}</answer>")
+        LAPTOP.solutions(LAPTOP.problem(rng))
+
+    attack(0)
+    tracemalloc.start()
+    attack(1)
+    before = tracemalloc.get_traced_memory()[0]
+    for seed in range(2, 22):
+        attack(seed)
+    growth = tracemalloc.get_traced_memory()[0] - before
+    tracemalloc.stop()
+    assert growth < 100_000, f"{growth} bytes kept by 20 rounds of answers"
+
+
+ANYTHING = st.text(st.characters(exclude_categories=()), max_size=400)  # lone surrogates included
+PIECES = st.lists(st.sampled_from(
+    [*string.digits, *"+-*/()[]{},.;=<>^_$%x \n\\", "<answer>", "</answer>", "\\boxed{", "\\frac",
+     "\\text{", "\\sqrt", "\\{", "\\}", "\\cup", "\\in", "\\le", "\\pi", "\\circ", "1,234", "10"]),
+    max_size=60).map("".join)
+
+
+@settings(max_examples=600, deadline=None, derandomize=True, database=None)
+@given(text=ANYTHING | PIECES, reference=ANYTHING | PIECES)
+def test_nothing_raises_on_any_text(text, reference):
+    for candidate in (text, f"<answer>{text}</answer>", f"\\boxed{{{text}}}"):
+        for got in everything(candidate):
+            assert got is None or isinstance(got, (str, float)), got
+        assert math_reward(candidate, reference) in (0.0, 1.0)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@given(text=PIECES)
+def test_a_boxed_text_equals_itself(text):
+    boxed = rewards.last_boxed(f"\\boxed{{{text}}}")
+    if boxed == text and MATH.canonical(f"\\boxed{{{text}}}"):
+        assert math_reward(f"\\boxed{{{text}}}", f"\\boxed{{{text}}}") == 1, repr(text)
+
+
+@pytest.mark.parametrize("text", [None, 3, 2.0, b"1+2", ["1+2"], {}, float("nan")])
+def test_what_is_not_text_scores_zero(text):
+    assert countdown_reward(text, (1, 2), 3) == countdown_reward(text, (1, 2), 3, "think") == 0
+    assert math_reward(text, "3") == 0 and math_reward("\\boxed{3}", text) == 0
+
+
+# Math: (what is boxed, reference, equal?)
+
+EQUAL = [
+    ("5", "5"), ("5", "5.0"), ("5.00", "5"), ("5.", "5"), ("05", "5"), ("+5", "5"), ("-5", "-5.0"),
+    ("−5", "-5"), ("-0", "0"), ("0.5", ".5"), ("0.50", "\\frac{1}{2}"), ("1/2", "0.5"),
+    ("\\dfrac{1}{2}", "\\frac{1}{2}"), ("\\tfrac{1}{2}", "0.5"), ("\\cfrac{1}{2}", "1/2"),
+    ("\\frac12", "\\frac{1}{2}"), ("\\frac1{2}", "\\frac{1}{2}"), ("\\frac{1}2", "\\frac12"),
+    ("\\frac{2}{4}", "\\frac{1}{2}"), ("-\\frac{1}{2}", "\\frac{-1}{2}"),
+    ("\\frac{1}{-2}", "-\\frac12"), ("\\frac{-1}{-2}", "0.5"), ("\\frac{0.5}{2}", "0.25"),
+    ("1\\frac{1}{2}", "\\frac{3}{2}"), ("1\\frac12", "1.5"), ("-1\\frac{1}{2}", "-1.5"),
+    ("1 1/2", "3/2"), ("2 \\frac{3}{4}", "11/4"), ("\\frac{123}{7}", "123/7"),
+    ("1,234", "1234"), ("1,234,567", "1234567"), ("1{,}234", "1234"), ("1,\\!234", "1234"),
+    ("1\\,234", "1234"), ("12,345.50", "12345.5"), ("-1,234", "-1234"), ("$1,234$", "1234"),
+    ("\\$5", "5"), ("\\$5.00", "5"), ("\\$1,000", "1000"), ("$5$", "5"), ("50\\%", "50"), ("50%", "50"),
+    ("90^\\circ", "90"), ("90^{\\circ}", "90"), ("90°", "90"), ("90 \\text{ degrees}", "90^\\circ"),
+    ("12 cm", "12"), ("12\\text{ cm}", "12"), ("12\\,\\text{cm}^2", "12"), ("12\\mathrm{~cm}", "12"),
+    ("12 \\text{ cm}^{3}", "12"), ("5 dollars", "5"), ("7 units", "7"), ("3 \\text{ apples}", "3"),
+    ("\\frac{1}{2}\\text{ hour}", "0.5"), ("10 minutes", "10"),
+    (" 5 ", "5"), ("\\ 5\\ ", "5"), ("x = 5", "5"), ("x=5", "x = 5"), ("5", "x=5"), ("n=5", "5"),
+    ("x=\\frac12", "0.5"), ("x_1=3", "3"), ("(x, y) = (1, 2)", "(1,2)"), ("y = 2x+1", "2x + 1"),
+    ("\\text{Monday}", "Monday"), ("\\text{(B)}", "B"), ("(B)", "\\text{B}"), ("\\textbf{C}", "C"),
+    ("\\mathrm{east}", "\\text{east}"), ("5\\text{ p.m.}", "5 \\text{ p.m.}"),
+    ("\\sqrt2", "\\sqrt{2}"), ("3\\sqrt{2}", "3 \\sqrt 2"), ("3\\cdot\\sqrt{2}", "3\\sqrt2"),
+    ("\\sqrt{3}/2", "\\frac{\\sqrt{3}}{2}"), ("\\frac{\\sqrt3}{2}", "\\dfrac{\\sqrt{3}}{2}"),
+    ("\\frac{-\\sqrt{3}}{2}", "-\\frac{\\sqrt3}{2}"), ("\\pi/2", "\\frac{\\pi}{2}"),
+    ("\\frac\\pi2", "\\frac{\\pi}{2}"), ("2\\pi", "2 \\pi"), ("x^{2}", "x^2"), ("2^{10}", "2^{10}"),
+    ("a_{1}", "a_1"), ("2\\times3", "2 \\cdot 3"), ("x/2", "\\frac{x}{2}"),
+    ("(1,2)", "( 1 , 2 )"), ("(1, 0.5)", "(1,\\frac12)"), ("\\left(1,2\\right)", "(1,2)"),
+    ("[0,1)", "\\left[0, 1\\right)"), ("(-\\infty, 3]", "(-\\infty,3]"), ("(1,(2,3))", "(1.0,(2,3))"),
+    ("x \\in [0,1]", "[0,1]"), ("(0,1)\\cup(2,3)", "(2,3) \\cup (0,1)"),
+    ("(-\\infty,-\\frac12)\\cup(2,\\infty)", "(-\\infty,-0.5) \\cup (2,\\infty)"),
+    ("\\{1,2,3\\}", "\\{3, 2, 1\\}"), ("\\{0.5\\}", "\\{\\frac12\\}"), ("\\left\\{1,2\\right\\}", "\\{2,1\\}"),
+    ("1, 2", "2,1"), ("1,2", "\\{1,2\\}"), ("1 \\text{ and } 2", "1,2"), ("x=1 \\text{ or } x=2", "1, 2"),
+    ("100, 200", "200, 100"), ("(1,2),(3,4)", "(3,4), (1,2)"), ("1; 2", "1,2"),
+    ("\\begin{pmatrix}1\\\\2\\end{pmatrix}", "\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}"),
+    ("12_5", "12_{5}"), ("5", "\\boxed{5}"), ("5", "so it is \\boxed{5}."), ("\\displaystyle 5", "5"),
+    ("\\frac{a+b}{c}", "\\dfrac{a + b}{c}"), ("x^2+2x+1", "x^2 + 2x + 1"), ("1e5", "1e5"),
+]
+UNEQUAL = [
+    ("5", "6"), ("5", "-5"), ("5", "50"), ("5", "0.5"), ("0.5", "0.05"), ("1/2", "2/1"), ("1/3", "0.33"),
+    ("0.333333333333", "\\frac13"), ("3.14", "\\pi"), ("\\frac{1}{2}", "\\frac{1}{3}"),
+    ("1\\frac{1}{2}", "\\frac{1}{2}"), ("1\\frac12", "\\frac{11}{2}"), ("1 1/2", "11/2"),
+    ("-1\\frac12", "-\\frac12"), ("-\\frac12", "\\frac12"), ("\\frac{1}{0}", "0"), ("1/0", "1"),
+    ("0/0", "1"), ("1,234", "1.234"), ("1,234", "1"), ("1,23", "123"), ("12,34", "1234"),
+    ("(1,234)", "1234"), ("(1,234)", "(1234)"), ("\\{1,234\\}", "1234"), ("100, 200", "100200"),
+    ("1,2", "12"), ("1 2", "12"), ("1 2 3", "123"), ("50\\%", "0.5"), ("x=5", "y=5"), ("x=5", "x=6"),
+    ("x=1,y=2", "1,2"), ("x=1,y=2", "x=2,y=1"), ("5", "5x"), ("2x", "2"), ("5i", "5"), ("x", "5"),
+    ("5m", "5"), ("5\\text{ a.m.}", "5\\text{ p.m.}"), ("\\text{A}", "\\text{B}"), ("A", "a"),
+    ("\\text{Monday}", "Sunday"), ("\\sqrt{2}", "2"), ("\\sqrt{2}", "1.41421356"), ("\\sqrt2", "\\sqrt3"),
+    ("\\sqrt{23}", "\\sqrt{2}3"), ("x^2", "x2"), ("x^{23}", "x^23"), ("2^{10}", "1024"), ("2\\times3", "6"),
+    ("\\frac{-1+\\sqrt3}{2}", "-\\frac{1+\\sqrt3}{2}"), ("2\\cdot\\frac12", "2\\frac12"),
+    ("(1,2)", "(2,1)"), ("(1,2)", "[1,2]"), ("[0,1)", "[0,1]"), ("(0,1]", "(0,1)"), ("(1,2)", "1,2"),
+    ("(1,2)", "\\{1,2\\}"), ("(1,2,3)", "(1,2)"), ("\\{1,2\\}", "\\{1,3\\}"), ("\\{1,2\\}", "\\{1,2,3\\}"),
+    ("1,2", "1"), ("1", "1,2"), ("1,2,3", "1,2"), ("(1,2),(3,4)", "(1,3),(2,4)"), ("(0,1)\\cup(2,3)", "(0,1)"),
+    ("(-\\infty,3]", "(-\\infty,3)"), ("12_5", "12"), ("12_5", "125"), ("", "5"), (" ", "5"), ("", ""),
+    ("\\text{}", "5"), ("٥", "5"), ("５", "5"), ("²", "2"), ("1e5", "100000"), ("1_000", "1000"), ("0x5", "5"),
+    ("nan", "0"), ("inf", "\\infty"), ("5 or 6", "5"), ("5\\text{ or }6", "5"), ("5 = 5", "5"),
+    ("\\left(1,2\\right)", "(1,3)"), ("the answer is 5", "5"), ("5.5.5", "5.5"), ("--5", "5"), ("5/", "5"),
+    ("/5", "5"), (".", "0"), ("-", "0"), ("+", "0"), ("1//2", "0.5"), ("1/2/1", "0.5"), ("5!", "5"),
+]
+# (why, whole text, reference, expected)
+TEXTS = [
+    ("sentence", "So the answer is \\boxed{5}.", "5", 1),
+    ("last box counts", "\\boxed{4} no, \\boxed{5}", "5", 1),
+    ("last box counts, wrong", "\\boxed{5} no, \\boxed{4}", "5", 0),
+    ("a box cut off at the end is passed over", "\\boxed{5} and \\boxed{4", "5", 1),
+    ("only a box cut off", "\\boxed{5", "5", 0),
+    ("cut inside a fraction", "\\boxed{\\frac{1}{2}", "\\frac{1}{2}", 0),
+    ("nested braces", "\\boxed{\\frac{1}{\\frac{1}{2}}}", "\\frac{1}{\\frac{1}{2}}", 1),
+    ("escaped braces", "\\boxed{\\{1,2\\}}", "\\{1,2\\}", 1),
+    ("escaped brace alone", "\\boxed{[1,2\\}}", "[1,2]", 0),
+    ("box in a box", "\\boxed{\\boxed{5}}", "5", 1),
+    ("dollars around", "$\\boxed{5}$", "5", 1),
+    ("text after", "\\boxed{5}" + " and so on" * 1000, "5", 1),
+    ("long text before", "We see. " * 10_000 + "\\boxed{5}", "5", 1),
+    ("no box", "5", "5", 0), ("empty", "", "5", 0), ("empty box", "\\boxed{}", "5", 0),
+    ("empty box, empty reference", "\\boxed{}", "", 0), ("fbox", "\\fbox{5}", "5", 0),
+    ("the prompt's own box", MATH_ASK := "final answer within \\boxed{}.", "5", 0),
+    ("GSM8K ending is not a box", "#### 5", "5", 0),
+    ("huge integer", "\\boxed{" + "9" * 299 + "}", "9" * 299, 1),
+    ("longer than the cap", "\\boxed{" + "9" * 301 + "}", "9" * 301, 0),
+    ("right, then longer than the cap", "\\boxed{5}\\boxed{" + "9" * 5000 + "}", "5", 0),
+    ("exponent bomb", "\\boxed{1e999999999}", "5", 0),
+    ("NUL", "\\boxed{5\x00}", "5", 0), ("lone surrogate", "\\boxed{5\ud800}", "5", 0),
+    ("many answers", "\\boxed{1,2,3,4,5,6,7,8,9}", "5", 0),
+    ("all answers at once", "\\boxed{4 or 5 or 6}", "5", 0),
+    ("reference repeated", "\\boxed{5,5}", "5", 0),
+    ("code", "\\boxed{__import__('os').getcwd()}", "5", 0),
+]
+ROWS = [(f"\\boxed{{{a}}}", b, 1) for a, b in EQUAL] + [(f"\\boxed{{{b}}}", a, 1) for a, b in EQUAL]
+ROWS += [(f"\\boxed{{{a}}}", b, 0) for a, b in UNEQUAL] + [(f"\\boxed{{{b}}}", a, 0) for a, b in UNEQUAL]
+ROWS += [row[1:] for row in TEXTS]
+
+
+def test_math_table_is_large_enough():
+    assert len(EQUAL) + len(UNEQUAL) + len(TEXTS) >= 150
+
+
+@pytest.mark.parametrize("text, answer, expected", ROWS, ids=range(len(ROWS)))
+def test_math_table(text, answer, expected):
+    got = math_reward(text, answer)
+    assert got == expected, f"{text[-80:]!r} against {answer!r} must score {expected}, scored {got}"
+
+
+def test_rationals_agree_with_fractions():
+    rng = random.Random(6)
+
+    def spellings(q):
+        sign, a, b = "-" if q < 0 else "", abs(q.numerator), q.denominator
+        k = rng.randint(1, 9)
+        yield f"{sign}\\frac{{{a * k}}}{{{b * k}}}"
+        yield f"{sign}{a}/{b}"
+        if a > b:
+            yield f"{sign}{a // b}\\dfrac{{{a % b}}}{{{b}}}"
+        if 10**6 % b == 0:
+            yield f"{float(q):.6f}"
+
+    for _ in range(3000):
+        p, q = (Fraction(rng.randint(-40, 40), rng.choice([1, 2, 3, 4, 5, 8, 10])) for _ in range(2))
+        for one, two in itertools.product(spellings(p), spellings(q)):
+            got = math_reward(f"\\boxed{{{one}}}", two)
+            assert got == (p == q), f"{one} against {two} scored {got}"
+
+
+# Files
+
+
+def write(tmp_path, *lines, name="data.jsonl"):
+    path = tmp_path / name
+    path.write_text("\n".join(x if isinstance(x, str) else json.dumps(x) for x in lines), "utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize("record, question, answer", [
+    ({"problem": "1+1?", "answer": "2"}, "1+1?", "2"),
+    ({"question": "1+1?", "answer": 2}, "1+1?", "2"),
+    ({"prompt": "1+1?", "solution": "2"}, "1+1?", "2"),
+    ({"problem": "q", "solution": "We see \\boxed{1}, so \\boxed{\\frac{1}{2}}."}, "q", "\\frac{1}{2}"),
+    ({"problem": "q", "solution": "long \\boxed{1}", "answer": "7"}, "q", "7"),
+    ({"question": "q", "answer": "2+2=4 <<2+2=4>>\n#### 1,234"}, "q", "1,234"),
+    ({"question": "q", "answer": "\\boxed{9}"}, "q", "9"),
+    ({"question": "q", "final_answer": ["$9$"], "solution": ["..."]}, "q", "$9$"),
+    ({"problem": "é \\text{中}", "answer": "5", "level": 3}, "é \\text{中}", "5"),
+])
+def test_load_problems(tmp_path, record, question, answer):
+    path = write(tmp_path, "", record, "   ", record, "")
+    assert load_problems(path) == [(question, answer)] * 2
+    assert load_problems(path)[0].question == question
+
+
+@pytest.mark.parametrize("bad", [
+    "{", "[1]", "3", "null", '"text"', '{"problem": "q"}', '{"answer": "5"}', "\x00", "[" * 5000,
+    '{"problem": "", "answer": "5"}', '{"problem": "q", "answer": null}', '{"problem": 3, "answer": 3}',
+    '{"problem": "q", "answer": ["1", "2"]}', '{"problem": "q", "answer": {}}',
+    json.dumps({"problem": "q", "solution": "a proof without any box, longer than an answer is"}),
+])
+def test_bad_line_is_named(tmp_path, bad):
+    path = write(tmp_path, {"problem": "q", "answer": "1"}, "", bad, {"problem": "q", "answer": "1"})
+    with pytest.raises(ValueError, match=r"data\.jsonl, line 3: "):
+        load_problems(path)
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    with pytest.raises(ValueError, match="holds no problems"):
+        load_problems(write(tmp_path, "", "  "))
+    with pytest.raises(ValueError, match="Cannot read .*nowhere.jsonl: No such file"):
+        load_problems(str(tmp_path / "nowhere.jsonl"))
+    with pytest.raises(ValueError, match="Cannot read .*directory"):
+        load_problems(str(tmp_path))
+    (tmp_path / "latin.jsonl").write_bytes(b'{"problem": "q", "answer": "1"}\n{"problem": "\xe9"}')
+    with pytest.raises(ValueError, match=r"latin\.jsonl, line 2: "):
+        load_problems(tmp_path / "latin.jsonl")
+
+
+@pytest.mark.parametrize("path, repo, revision, filename", [
+    ("hf://own/data/test.jsonl", "own/data", None, "test.jsonl"),
+    ("hf://own/data/deep/er/test.jsonl", "own/data", None, "deep/er/test.jsonl"),
+    ("hf://own/data@v1.0/test.jsonl", "own/data", "v1.0", "test.jsonl"),
+])
+def test_hub_files(tmp_path, monkeypatch, path, repo, revision, filename):
+    hub, calls = pytest.importorskip("huggingface_hub"), []
+    local = write(tmp_path, {"problem": "q", "answer": "1"})
+
+    def fake(repo_id, filename, *, repo_type=None, revision=None):
+        calls.append((repo_id, filename, repo_type, revision))
+        return local
+
+    monkeypatch.setattr(hub, "hf_hub_download", fake)
+    assert load_problems(path) == [("q", "1")]
+    assert calls == [(repo, filename, "dataset", revision)]
+    assert len(Math(path, held_out=1.0).held_out_problems()) == 1
+
+
+def test_hub_errors_are_one_sentence(monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+
+    def offline(**kwargs):
+        raise ConnectionError("no route\nto host")
+
+    monkeypatch.setattr(hub, "hf_hub_download", offline)
+    with pytest.raises(ValueError, match="^Cannot fetch hf://own/data/x.jsonl: no route to host$"):
+        load_problems("hf://own/data/x.jsonl")
+    for path in ("hf://", "hf://own", "hf://own/data", "hf://own/data@v1", "hf:///a/b"):
+        with pytest.raises(ValueError, match="not of the form"):
+            load_problems(path)
+
+
+def test_math_task(tmp_path):
+    path = write(tmp_path, *({"problem": f"What is {n}+1?", "answer": str(n + 1)} for n in range(400)))
+    task, rng = Math(path), random.Random(7)
+    held_out = task.held_out_problems()
+    assert 20 < len(held_out) < 60, f"held_out=0.1 of 400 keeps {len(held_out)}"
+    assert held_out == sorted(held_out, key=lambda p: int(p.answer)), "file order"
+    assert task.held_out_problems(5) == held_out[:5]
+    drawn = {task.problem(rng) for _ in range(5000)}
+    assert not drawn & set(held_out), "a held-out problem occurs in training"
+    assert len(drawn) == 400 - len(held_out), "every other problem occurs"
+    assert all(task.is_held_out(task.problem(rng, held_out=True)) for _ in range(20))
+    assert len(Math(path, held_out=1.0).held_out_problems()) == 400
+    with pytest.raises(ValueError, match="leaves no problem"):
+        Math(path, held_out=1.0).problem(rng)
+    assert Math(path, held_out=0.0).held_out_problems() == []
+    x = held_out[0]
+    assert x.question in task.prompt(x) and "\\boxed{}" in task.prompt(x)
+    assert task.reward(x, f"so \\boxed{{{x.answer}}}") == 1 and task.reward(x, "\\boxed{-7}") == 0
+    assert task.reward(x, task.prompt(x)) == 0, "the prompt copied"
+    assert task.canonical("\\boxed{\\frac12}") == task.canonical("\\boxed{0.5}") == "1/2"
+    assert task.canonical("no box") is task.canonical("\\boxed{}") is task.canonical(None) is None
+    assert "\\boxed" in task.system
+    for bad in (lambda: Math(path, style="poem"), lambda: task.prompt(x, "poem")):
+        with pytest.raises(ValueError, match="poem"):
+            bad()
+
+
+def test_the_examples_in_the_docstrings_hold():
+    failed, run = doctest.testmod(rewards)
+    assert run >= 7 and failed == 0
