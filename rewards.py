@@ -40,7 +40,8 @@ MAX_DEPTH = 30  # nested parentheses, so that the recursive parser cannot overfl
 MAX_TRIES = 100_000  # draws before a setting is called impossible
 
 
-# Arithmetic. A tree is an int or (op, left, right); a node is (numerator, denominator, tree).
+# ---- Exact arithmetic: a tree is an int or (op, left, right), a node (numerator, denominator, tree)
+# The verifier, the generator and the solver below all compute with `join` and nothing else.
 
 
 def join(op, left, right):
@@ -73,6 +74,7 @@ def parse(text):
     """
     if len(text) > MAX_ANSWER or not re.fullmatch(r"[-+*/() \t\r\n0-9]*", text):
         return None
+    # "07" falls into two numbers and "**" into two operators here, which no rule accepts.
     tokens = re.findall(r"0|[1-9][0-9]*|[-+*/()]", text) + ["end"]
     tokens.reverse()  # tokens[-1] is the next one, tokens.pop() takes it
 
@@ -103,7 +105,7 @@ def parse(text):
         node = sum_(0)
     except ValueError:
         return None
-    return node if tokens == ["end"] else None
+    return node if tokens == ["end"] else None  # anything left over: "1 2", "1+2)"
 
 
 # Where parentheses stay: the operators that a left or right operand may not have unwrapped.
@@ -155,11 +157,15 @@ def canonical_form(tree):
 
 
 def all_nodes(numbers):
-    """Every node that uses each number once, up to the order of the operands of + and *."""
+    """Every node that uses each number once, up to the order of the operands of + and *.
+
+    6 nodes for 2 numbers, 108 for 3, 3,240 for 4 (milliseconds), 136,080 for 5 (half a second).
+    """
     if len(numbers) == 1:
         return [(numbers[0], 1, numbers[0])]
     nodes = []
-    for bits in range(1, 2 ** (len(numbers) - 1)):  # bit i: number i goes right; the last stays left
+    # Each way to split the numbers once: bit i sends number i to the right, the last stays left.
+    for bits in range(1, 2 ** (len(numbers) - 1)):
         right = [n for i, n in enumerate(numbers) if bits >> i & 1]
         left = [n for i, n in enumerate(numbers) if not bits >> i & 1]
         right_nodes = all_nodes(right)
@@ -168,6 +174,9 @@ def all_nodes(numbers):
                 nodes += [join("+", x, y), join("*", x, y), join("-", x, y), join("-", y, x)]
                 nodes += [join("/", x, y), join("/", y, x)]
     return nodes
+
+
+# ---- Shared by both tasks
 
 
 def hashed_share(text):
@@ -186,7 +195,7 @@ def check_share(held_out):
         raise ValueError(f"held_out is a share between 0 and 1, not {held_out}.")
 
 
-# Countdown
+# ---- Countdown
 
 
 def answer_of(text, style):
@@ -199,6 +208,7 @@ def answer_of(text, style):
         return ""
     if style != "think":
         return text
+    # Searching from the end keeps this fast on megabytes, which a regular expression would not be.
     *before, last = text.rsplit("<answer>", 2)
     nested = len(before) == 2 and "</answer>" not in before[1]
     if not before or nested or last.count("</answer>") != 1:
@@ -216,24 +226,26 @@ def countdown_reward(text, numbers, target, style="bare") -> float:
     node = parse(answer)
     if node is None:
         return 0.0
+    # The text parsed, so its digits are its numbers. Sorted lists compare as multisets.
     numerator, denominator, _ = node
     used = sorted(int(digits) for digits in re.findall("[0-9]+", answer))
     return float(used == sorted(numbers) and denominator != 0 and numerator == target * denominator)
 
 
 class Problem(NamedTuple):
-    numbers: tuple[int, ...]
+    numbers: tuple[int, ...]  # in the order that the prompt shows
     target: int
 
 
-# The example in the second one is in letters, so that copying it can never be right.
+# "bare" is for models trained here, "think" the paper's prompt in our words, "ask" for small chat
+# models. The example in "think" is in letters: one in numbers could be copied and be right.
 COUNTDOWN_STYLES = {
     "bare": "{spaced},{target}=",
     "think": (
         "Use the numbers {listed} to make {target}. You may add, subtract, multiply and divide "
         "(+ - * /) and use parentheses, and every number must be used exactly once. Reason step "
         "by step inside <think> </think>, then give only the final expression inside "
-        "<answer> </answer>, for example <answer>(a + b) * c</answer> with numbers for letters."
+        "<answer> </answer>, like <answer>(a + b) * c</answer> with numbers in place of letters."
     ),
     "ask": (
         "Use each of the numbers {listed} exactly once, with + - * / and parentheses, to make "
@@ -243,7 +255,10 @@ COUNTDOWN_STYLES = {
 
 
 class Countdown:
-    """Random Countdown problems: count numbers in 1..high, and a target in the inclusive range."""
+    """Random problems: a count of numbers from counts, each in 1..high, and a target in range.
+
+    held_out is the share of all problems that is kept for evaluation and never trained on.
+    """
 
     system = "You are a careful assistant who solves arithmetic puzzles."
 
@@ -252,21 +267,24 @@ class Countdown:
         check_share(held_out)
         if not counts or not all(isinstance(n, int) and 2 <= n <= 5 for n in counts):
             raise ValueError(f"counts must be integers from 2 to 5, not {counts}.")
-        if not isinstance(high, int) or high < 1:
-            raise ValueError(f"high must be an integer of at least 1, not {high}.")
+        if not isinstance(high, int) or not 1 <= high <= 10**6:
+            raise ValueError(f"high must be an integer from 1 to 10**6, not {high}.")
         if len(targets) != 2 or targets[0] > targets[1]:
             raise ValueError(f"targets must be a pair (lowest, highest), not {targets}.")
         self.counts, self.high, self.targets = tuple(counts), high, tuple(targets)
         self.style, self.held_out = style, held_out
 
     def example(self, rng, held_out=False):
-        """One problem of the wanted split with one answer: (Problem((4, 7, 2, 9), 24), "2*(9+7-4)").
+        """One problem of the wanted split with one answer, (Problem((4, 7, 2, 9), 24), "2*(9+7-4)").
 
         Numbers are joined in random pairs with random operators until one expression is left; it
-        is kept if its value is an integer in range. This defines the distribution over problems.
+        is kept if its value is an integer in range. This defines the distribution over problems:
+        a target is as frequent as random expressions hit it.
         """
         if self.held_out == (0 if held_out else 1):
             raise ValueError(f"held_out={self.held_out} leaves no problem in this split.")
+        # The warm start draws 200,000 of these. int(random() * n) is several times faster than
+        # randrange(n) or choice, and its bias, n / 2**53, does not matter here.
         draw, high, counts, (low, top) = rng.random, self.high, self.counts, self.targets
         for _ in range(MAX_TRIES):
             count = counts[int(draw() * len(counts))]
@@ -288,7 +306,8 @@ class Countdown:
         return self.example(rng, held_out)[0]
 
     def held_out_problems(self, n):
-        """The same n distinct held-out problems on every call and every machine."""
+        """The same n distinct held-out problems on every call and every machine;
+        a longer list starts with the shorter one."""
         rng, problems, repeats = random.Random(0), {}, 0
         while len(problems) < n and repeats < 1000:
             problem = self.problem(rng, held_out=True)
@@ -320,7 +339,8 @@ class Countdown:
 
     def solution(self, problem, rng):
         """One random correct answer: solution(Problem((1, 2), 3), rng) is "1+2" or "2+1"."""
-        numbers = rng.sample(problem.numbers, len(problem.numbers))  # puts operands in random order
+        # all_nodes keeps one order of each sum and product: shuffled numbers make it a random one.
+        numbers = rng.sample(problem.numbers, len(problem.numbers))
         trees = [tree for a, b, tree in all_nodes(numbers) if b and a == problem.target * b]
         if not trees:
             raise ValueError(f"{problem} has no solution.")
@@ -332,7 +352,7 @@ class Countdown:
         return sorted({canonical_form(t) for a, b, t in nodes if b and a == problem.target * b})
 
 
-# Math
+# ---- Math
 
 
 def last_boxed(text):
@@ -351,37 +371,44 @@ def last_boxed(text):
     return None
 
 
-# Applied in this order. Left: how people write it. Right: the one way we compare.
+# Applied in this order. Left: how people write it. Right: the one way we compare. The list only
+# grows by pairs seen in real answers, and each rule must keep different answers different: a
+# verifier that is too kind is found by the policy, one that is too strict costs a little signal.
 REWRITES = [(re.compile(pattern, re.ASCII), by) for pattern, by in [
+    # typography
     (r"[−–]", "-"),
     (r"(?<!\\)\\[!,;:>()\[\] ]|\\q?quad|~|\\(?:left|right)(?![a-z])|\\displaystyle", ""),
     (r"\\[dtc]frac", r"\\frac"),
-    (r"\^\s*\{?\\circ\}?|\\degree|°|\\?[$%]", ""),
     (r"\{,\}", ","),
     (r"\\text\{\s*(?:and|or)\s*\}", ", "),
-    # a unit: words after a digit or bracket; but 3 p.m. is not 3 a.m.
-    (r"(?<=[\d})])\s*\\(?:text|mathrm|mbox)\{(?!\s*[ap]\.?m\b)[^{}]*\}(?:\^\{?[23]\}?)?\s*$", ""),
+    # units: signs, then words after a digit or bracket; but 3 p.m. is not 3 a.m., nor 2A 2B
+    (r"\^\s*\{?\\circ\}?|\\degree|°|\\?[$%]", ""),
+    (r"(?<=[\d})\]])\s*\\(?:text|mathrm|mbox)\{(?!\s*[ap]\.?m\b|[A-Z]\})[^{}]*\}"
+     r"(?:\^\{?[23]\}?)?\s*$", ""),
     (r"(?<=\d)\s*(?:cm|mm|km|kg|inch(?:es)?|feet|miles|meters|units?|degrees|dollars|cents|"
      r"years|days|hours|minutes|seconds)(?:\^\{?[23]\}?)?\s*$", ""),
     (r"\\(?:text|mathrm|textbf|mbox)\{([^{}]*)\}", r"\1"),
-    (r"(?<=\d)\s+(\d+)\s*/\s*(\d+)", r"\\frac{\1}{\2}"),  # "1 1/2", before blanks go: not 11/2
+    # blanks: what they mean is read before they go
+    (r"(?<=\d)\s+(\d+)\s*/\s*(\d+)", r"\\frac{\1}{\2}"),  # "1 1/2" is not 11/2
     (r",\s+", ";"),  # "100, 200" is a list, "100,200" a number
     (r"(?<!\d)\s+|\s+(?!\d)", ""),  # "1 2" stays apart: it is not 12
+    # braces that may be left out
     (r"([_^])\{(\w)\}", r"\1\2"),
     (r"\\sqrt(\w)", r"\\sqrt{\1}"),
     (r"\\frac(\d|\\pi)", r"\\frac{\1}"),
     (r"\\frac(\{[^{}]*\})(\w|\\pi)", r"\\frac\1{\2}"),
+    # one way to write simple quotients and products
     (r"^(-?)(\d*\\sqrt\{\w+\}|\d*\\pi|\w+)/(\w+)$", r"\1\\frac{\2}{\3}"),
     (r"^\\frac\{-((?:\w|\\sqrt\{\w+\}|\\pi)+)\}", r"-\\frac{\1}"),
     (r"(?:\\cdot|\\times|\*)(?=[a-zA-Z(]|\\sqrt|\\pi)", ""),
-    (r"\\cdot|\\times", "*"),
+    (r"\\cdot|\\times", "*"),  # stays before digits and \frac: 2*\frac12 is not 2\frac12
     (r"\.$", ""),
     (r"^\(([A-Z])\)$", r"\1"),  # multiple choice
 ]]
 DECIMAL = r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)"
-RATIONAL = re.compile(
-    rf"([-+]?)(?:([0-9]*)\\frac\{{([-+]?{DECIMAL})\}}\{{([-+]?{DECIMAL})\}}"  # \frac{3}{4}, 1\frac{3}{4}
-    rf"|({DECIMAL})(?:/({DECIMAL}))?)")  # 3, 0.75, 3/4
+RATIONAL = re.compile(  # \frac{3}{4}, 1\frac{3}{4}; then 3, 0.75, 3/4. No exponents: 1e999999999
+    rf"([-+]?)(?:([0-9]*)\\frac\{{([-+]?{DECIMAL})\}}\{{([-+]?{DECIMAL})\}}"
+    rf"|({DECIMAL})(?:/({DECIMAL}))?)")
 
 
 def exact(text):
@@ -413,22 +440,20 @@ def split_list(text):
 
 def normal_part(text):
     """One text for all ways to write a number, tuple, interval or set: "(0.5,3)" -> "(1/2,3)"."""
-    if re.fullmatch(r"[-+]?[0-9]{1,3}(,[0-9]{3})+(\.[0-9]*)?", text):
+    if re.fullmatch(r"[-+]?[0-9]{1,3}(,[0-9]{3})+(\.[0-9]*)?", text):  # thousands
         text = text.replace(",", "")
     value = exact(text)
     if value is not None:
         return str(value)
     if "\\cup" in text:
         return "\\cup".join(sorted(normal_part(part) for part in text.split("\\cup")))
-    parts = split_list(text) or [text]
     braces = text[:2] == "\\{" and text[-2:] == "\\}"
-    if braces:
-        parts = split_list(text[2:-2]) or [text]
-    if braces or len(parts) > 1:  # a set, or a list without brackets, which we read as a set
+    parts = split_list(text[2:-2] if braces else text) or [text]
+    if braces or len(parts) > 1:  # a list without brackets is read as a set, too: "x=1,x=2"
         return "{" + ",".join(sorted({normal_part(part) for part in parts})) + "}"
-    inside = split_list(text[1:-1])
-    if text[:1] in ("(", "[") and text[-1:] in (")", "]") and inside and len(inside) > 1:
-        return text[0] + ",".join(normal_part(part) for part in inside) + text[-1]
+    parts = split_list(text[1:-1]) or []
+    if text[:1] in ("(", "[") and text[-1:] in (")", "]") and len(parts) > 1:
+        return text[0] + ",".join(normal_part(part) for part in parts) + text[-1]
     return text.replace(";", ",")
 
 
@@ -466,7 +491,7 @@ def math_reward(text, answer) -> float:
 
 class MathProblem(NamedTuple):
     question: str
-    answer: str
+    answer: str  # LaTeX or plain
 
 
 def load_problems(path):
@@ -479,7 +504,7 @@ def load_problems(path):
     if str(path).startswith("hf://"):
         file = download(path)
     try:
-        with open(file, "rb") as stream:
+        with open(file, "rb") as stream:  # bytes, so that bad UTF-8 is an error of its line
             lines = stream.read().split(b"\n")
     except OSError as error:
         raise ValueError(f"Cannot read {path}: {error.strerror}.") from None
@@ -497,6 +522,7 @@ def load_problems(path):
 
 
 def read_problem(record):
+    """The MathProblem of one line's JSON; a ValueError says what it lacks."""
     if not isinstance(record, dict):
         raise ValueError("not a JSON object")
     question = next((record[k] for k in ("problem", "question", "prompt") if record.get(k)), None)
@@ -520,6 +546,7 @@ def read_problem(record):
 
 
 def download(path):
+    """The local path of a file in a Hugging Face dataset repository: the only use of the network."""
     match = re.fullmatch(r"hf://([^/@]+/[^/@]+)(?:@([^/]+))?/(.+)", path)
     if not match:
         raise ValueError(f"{path} is not of the form hf://owner/repo/file.jsonl.")
@@ -533,7 +560,7 @@ def download(path):
         raise ValueError(f"Cannot fetch {path}: {' '.join(str(error).split())}") from None
 
 
-MATH_STYLES = {
+MATH_STYLES = {  # the paper's sentence
     "boxed": "{question}\n\nLet's think step by step and output the final answer within \\boxed{{}}.",
 }
 
@@ -553,7 +580,7 @@ class Math:
 
     def problem(self, rng, held_out=False):
         if not self.problems[held_out]:
-            raise ValueError(f"held_out={self.held_out} leaves no problem of {self.path} in this split.")
+            raise ValueError(f"held_out={self.held_out} leaves no problem of {self.path} here.")
         return rng.choice(self.problems[held_out])
 
     def held_out_problems(self, n=None):

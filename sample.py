@@ -8,7 +8,7 @@ it was drawn from.
 Letters: B rows = prompts x G, the rows of one prompt contiguous; P prompt length; T response length; V vocabulary.
 
     rollout = sample(policy, tokenizer, ["4 7 2 9,24="], group_size=4, max_new_tokens=24)
-    rollout.texts[0]          # '(9-7)*(2*4+4)' from a trained policy, anything from a fresh one
+    rollout.texts[0]          # '2*(9+7-4)' from a trained policy, anything from a fresh one
 """
 from dataclasses import dataclass
 

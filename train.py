@@ -60,10 +60,11 @@ def score(policy, rollout, rows, group_size, temperature):
     last = policy(prompt, prompt_mask if padded else None, cache)[:, -1]        # (prompts, D) predicts first tokens
     hidden, target, place = [], [], []
     for bucket in rollout.mask[rows].sum(1).argsort(descending=True).chunk(BUCKETS):    # indices into `rows`, longest first
-        longest = max(2, int(rollout.mask[rows[bucket[0]]].sum()))
+        longest = int(rollout.mask[rows[bucket[0]]].sum())
         response, mask = rollout.response[rows[bucket], :longest], rollout.mask[rows[bucket], :longest]
-        seen = F.pad(prompt_mask[row_prompt[bucket]], (0, response.shape[1] - 1), value=True) if padded else None
-        later = policy(response[:, :-1], seen, cache.select(row_prompt[bucket]))        # (bucket, longest - 1, D)
+        fed = response[:, :max(1, longest - 1)]        # the last token is only predicted; never an empty forward
+        seen = F.pad(prompt_mask[row_prompt[bucket]], (0, fed.shape[1]), value=True) if padded else None
+        later = policy(fed, seen, cache.select(row_prompt[bucket]))[:, :longest - 1]    # (bucket, longest - 1, D)
         hidden.append(torch.cat([last[row_prompt[bucket], None], later], dim=1)[mask])  # (tokens, D)
         target.append(response[mask])
         row, column = mask.nonzero(as_tuple=True)
@@ -155,7 +156,7 @@ def shard(policy):
 def demonstrations(tokenizer, prompts, answers, stop_id, device):
     """(prompt, answer) strings as a Rollout, so that cross-entropy runs through the same step as everything else."""
     prompt, prompt_mask = encode(tokenizer, prompts, device)
-    ids = [torch.tensor(line + [stop_id]) for line in tokenizer(answers, add_special_tokens=False).input_ids]
+    ids = [torch.tensor([*line, stop_id]) for line in tokenizer(answers, add_special_tokens=False).input_ids]
     mask = pad_sequence([torch.ones(len(line), dtype=torch.bool) for line in ids], batch_first=True).to(device)
     response = pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad_token_id).to(device)      # (B, T)
     return Rollout(torch.cat([prompt, response], dim=1), prompt_mask, response, mask,

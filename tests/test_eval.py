@@ -1,0 +1,112 @@
+"""Measurement: the estimator against enumeration, the table against hand-counted answers.
+
+Bugs killed here: biased plug-in estimate, counts pooled over problems, an interval over samples instead of problems, unpaired
+gains, wrong or unparsable answers counted as distinct, diversity with self-pairs.
+"""
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import eval as evaluation
+import policy as policy_module
+from rewards import Countdown, Problem
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 8])
+def test_pass_at_k_is_the_share_of_subsets_with_a_correct_answer(n):
+    for c, k in itertools.product(range(n + 1), range(1, n + 1)):
+        hits = [min(subset) < c for subset in itertools.combinations(range(n), k)]      # answers 0..c-1 are correct
+        assert math.isclose(evaluation.pass_at_k(n, c, k), sum(hits) / len(hits), abs_tol=1e-12), (n, c, k)
+
+
+def test_pass_at_k_worked_numbers():
+    """n 10, c 3, k 5: 1 - C(7,5)/C(10,5) = 1 - 21/252; the biased 1 - 0.7^5 would be 0.832."""
+    assert evaluation.pass_at_k(10, 3, 1) == pytest.approx(0.3)
+    assert evaluation.pass_at_k(10, 3, 5) == pytest.approx(0.916667, abs=1e-6)
+    assert evaluation.pass_at_k(8, 6, 4) == 1.0
+    for n, c, k in ((4, 1, 5), (4, 5, 1), (4, 1, 0), (4, -1, 1)):
+        with pytest.raises(ValueError):
+            evaluation.pass_at_k(n, c, k)
+
+
+def test_record_counts_what_a_reader_would_count():
+    """4 7 2 9 -> 24. Two spellings of one answer, a second answer, a wrong one and one that does not parse."""
+    task, problem = Countdown(), Problem((4, 7, 2, 9), 24)
+    texts = ["2*(9+7-4)", "(7+9-4)*2", "2*(9+7-4)", "(9-7)*4*2", "9+7+4+2", "24", "((", "4*(9-7)*2"]
+    right = [text for text in texts if task.reward(problem, text)]
+    drawn = [(text, len(text) + 1, 2.0, True) for text in texts]
+    record = evaluation.record(task, problem, drawn)
+    assert record["n"] == 8 and record["c"] == len(right) == 3
+    assert record["distinct"] == 1 and record["as_text"] == 2, "the two spellings are one answer"
+    assert record["sigma"] == 0.0, "all correct answers are the same one"
+    assert record["parsed"] == pytest.approx(7 / 8), "only '((' does not parse"
+    assert record["nats"] == 2.0
+
+
+def test_sigma_is_the_chance_that_two_correct_samples_differ():
+    task, problem = Countdown(counts=(3,)), Problem((1, 2, 3), 6)
+    texts = ["1+2+3"] * 3 + ["1*2*3"] * 2 + ["3+2+1"]   # 4 times the sum, 2 times the product
+    forms = [text.replace("3+2+1", "1+2+3") for text in texts]
+    pairs = list(itertools.permutations(forms, 2))
+    record = evaluation.record(task, problem, [(text, 6, 1.0, True) for text in texts])
+    assert record["sigma"] == pytest.approx(sum(a != b for a, b in pairs) / len(pairs))
+    assert evaluation.record(task, problem, [("1+2+3", 6, 1.0, True)])["sigma"] is None, "one correct answer has no pairs"
+
+
+def fake(counts, n=8):
+    return [{"n": n, "c": c, "distinct": c, "as_text": c, "sigma": 0.5 if c > 1 else None, "parsed": 1.0,
+             "finished": 1.0, "tokens": 5.0, "nats": 3.0} for c in counts]
+
+
+def test_summary_averages_over_problems_last():
+    """Counts 8 and 0 of 8: Pass@2 is (1 + 0) / 2, not the Pass@2 of 8 among 16 (0.77)."""
+    row = evaluation.summary({"m": fake([8, 0])})["m"]
+    assert row["Pass@2"]["mean"] == 50.0 and row["Pass@1"]["mean"] == 50.0
+    assert row["sigma"]["mean"] == 0.5, "a problem without correct answers has no diversity"
+    assert set(row) >= {"Pass@1", "Pass@2", "Pass@4", "Pass@8"}
+
+
+def test_intervals_are_over_problems_and_gains_are_paired():
+    """300 problems that differ much, and a second model better by one answer on each: the gain is the same everywhere."""
+    counts = np.random.default_rng(0).integers(0, 8, 300).tolist()
+    result = evaluation.summary({"a": fake(counts), "b": fake([c + 1 for c in counts])})
+    one, gain = result["a"]["Pass@1"], result["b"]["Pass@1"]["gain"]
+    spread = np.std(counts) / 8 * 100 / math.sqrt(300)                          # standard error over problems
+    assert one["high"] - one["low"] == pytest.approx(2 * 1.96 * spread, rel=0.15)
+    assert gain["mean"] == gain["low"] == gain["high"] == 12.5, "unpaired resampling would give this gain an interval"
+
+
+def test_the_table_names_every_model_and_measure():
+    text = evaluation.table(evaluation.summary({"base": fake([1, 2, 3]), "mine": fake([2, 2, 5])}))
+    head, *lines = text.splitlines()
+    assert head.split() == ["base", "mine", "mine", "-", "base"]
+    assert [line.split()[0] for line in lines][:4] == ["Pass@1", "Pass@2", "Pass@4", "Pass@8"]
+
+
+def test_evaluate_ends_in_one_record_a_problem_for_any_batching():
+    policy, tokenizer = policy_module.tiny(width=32, layers=1, heads=2, kv_heads=1, inner=32)
+    task = Countdown(counts=(2,), high=9, targets=(1, 20))
+    problems = task.held_out_problems(3)
+    for rows in (1, 4, 5, 1000):
+        records = evaluation.evaluate(policy, tokenizer, task, problems, 5, 6, generator=torch.Generator(), rows=rows)
+        assert [tuple(r["problem"]) for r in records] == [tuple(p) for p in problems]
+        assert all(r["n"] == 5 for r in records), f"rows={rows}"
+
+
+def test_command_line(tmp_path, capsys):
+    policy, tokenizer = policy_module.tiny(width=32, layers=1, heads=2, kv_heads=1, inner=32)
+    policy_module.save(policy, tokenizer, tmp_path / "model")
+    out = tmp_path / "out.json"
+    flags = ["--n", "4", "--problems", "3", "--json", str(out), "--device", "cpu"]
+    assert evaluation.main([str(tmp_path / "model"), *flags]) == 0
+    assert "Pass@4" in capsys.readouterr().out
+    assert len(json.loads(out.read_text())["records"]["model"]) == 3
+    for bad, says in ((["nowhere/at/all"], "neither a folder here"), ([str(tmp_path / "model"), "--n", "0"], "--n"),
+                      ([str(tmp_path)], "config.json"), ([str(tmp_path / "model"), "--task", "math"], "--data")):
+        assert evaluation.main([*bad, *(flags if "--n" not in bad else flags[2:])]) == 2
+        error = capsys.readouterr().err
+        assert says in error and error.count("\n") == 1, error

@@ -1,0 +1,317 @@
+"""The loop: one step's gradient, the update under any split, runs that are told what is wrong and that can be resumed.
+
+Bugs killed here: prompt token unmasked, last token dropped, stop token without gradient, temperature ignored in the score,
+keys of another row's prompt, left padding read, gradient averaged over chunks or processes, entropy gradient dropped,
+advantages formed per chunk, old log-probabilities taken after the first update, bf16 master weights, a NaN that reaches
+the weights, a resumed run that repeats problems or draws, a damaged checkpoint that is believed, a run overwritten.
+"""
+import functools
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import losses
+import policy as policy_module
+import train
+from rewards import Countdown
+from sample import Rollout, sample
+
+ROOT = Path(train.__file__).parent
+G = 4
+
+
+def small(seed=0):
+    return policy_module.tiny(width=32, layers=2, heads=2, kv_heads=1, inner=64, seed=seed)
+
+
+def rollout_of(policy, tokenizer, temperature=1.0, prompts=("4 7 2 9,24=", "1 1,2=", "3 9 9,7=")):
+    policy.stop_ids = [1, 4, 9, 14]                    # several, so that a fresh policy's answers differ in length
+    return sample(policy, tokenizer, list(prompts), G, 9, temperature, torch.Generator().manual_seed(3))
+
+
+def naive_score(policy, rollout, temperature):
+    """Every row alone and whole: no shared prompt, no bucket, no padding; full log-softmax."""
+    logp, entropy = torch.zeros(rollout.mask.shape), torch.zeros(rollout.mask.shape)
+    P = rollout.prompt_mask.shape[1]
+    for row in range(len(logp)):
+        prompt, n = rollout.tokens[row, :P][rollout.prompt_mask[row]], int(rollout.mask[row].sum())
+        tokens = torch.cat([prompt, rollout.response[row, :n]])
+        all_logp = (policy(tokens[None])[0] @ policy.head.T / temperature).log_softmax(-1)
+        for t in range(n):
+            at = len(prompt) - 1 + t
+            logp[row, t] = all_logp[at, tokens[at + 1]]
+            entropy[row, t] = -(all_logp[at].exp() * all_logp[at]).sum()
+    return logp, entropy
+
+
+def gradient(policy):
+    return torch.cat([w.grad.flatten() for w in policy.parameters()])
+
+
+class Still(torch.optim.SGD):
+    """An optimiser that leaves weights alone, so that a test can look at the gradient."""
+
+    def __init__(self, policy):
+        super().__init__(policy.parameters(), lr=0.0)
+
+
+REWARDS = torch.tensor([1., 0, 0, 1, 0, 0, 0, 1, 1, 1, 1, 1])
+SMOOTH = functools.partial(losses.diffsmooth, gamma_p=0.3, gamma_n=0.1, reduction="sum")
+BONUS = functools.partial(losses.entropy, entropy_coef=0.5)
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_score_is_the_definition(temperature):
+    """Sharing prompts, bucketing by length and dropping padding change no log-probability."""
+    policy, tokenizer = small()
+    rollout = rollout_of(policy, tokenizer, temperature)
+    assert len(set(rollout.mask.sum(1).tolist())) > 2 and not rollout.prompt_mask.all(), "the batch must be ragged"
+    for ours, naive, what in zip(train.score(policy, rollout, torch.arange(12), G, temperature),
+                                 naive_score(policy, rollout, temperature), ("log-probability", "entropy")):
+        assert torch.allclose(ours, naive, atol=1e-5), f"{what} off by {(ours - naive).abs().max():.2e}"
+    ours = train.score(policy, rollout, torch.arange(12), G, temperature)[0]
+    assert torch.allclose(ours, rollout.logp, atol=1e-5), "what is scored is not what was sampled"
+
+
+@pytest.mark.parametrize("loss", [SMOOTH, BONUS, losses.sft], ids=["diffsmooth", "entropy", "sft"])
+@pytest.mark.parametrize("micro_batch", [None, 1, 3, 5, 12])
+def test_any_micro_batch_gives_the_plain_gradient(loss, micro_batch):
+    """Against autograd through the naive score of the whole batch; chunks of 3 and 5 cut groups in two."""
+    policy, tokenizer = small()
+    rollout = rollout_of(policy, tokenizer, 0.7)
+    logp, entropy = naive_score(policy, rollout, 0.7)
+    value, _ = loss(logp, logp.detach(), rollout.mask, REWARDS, G, entropy=entropy)
+    value.backward()
+    plain = gradient(policy)
+    assert plain.norm() > 1e-3
+    stats = train.train_step(policy, Still(policy), rollout, REWARDS, loss, G, temperature=0.7, micro_batch=micro_batch,
+                             grad_clip=1e9)
+    assert abs(stats["loss"] - value.item()) < 1e-5
+    assert torch.allclose(gradient(policy), plain, rtol=1e-4, atol=1e-6), \
+        f"micro-batch {micro_batch}: gradient off by {(gradient(policy) - plain).abs().max():.1e}"
+
+
+def test_the_stop_token_is_trained():
+    """One answer that is nothing but the stop token: raising it must move the weights, and raise exactly it."""
+    policy, tokenizer = small()
+    rollout = train.demonstrations(tokenizer, ["1 1,2="] * 2, ["", ""], policy.stop_ids[0], policy.device)
+    assert rollout.mask.tolist() == [[True], [True]], "the stop token must be inside the mask"
+    optimizer = train.make_optimizer(policy, 1e-2)
+    before = train.score(policy, rollout, torch.arange(2), 1, 1.0)[0][0, 0].item()
+    train.train_step(policy, optimizer, rollout, torch.ones(2), losses.sft, 1)
+    assert train.score(policy, rollout, torch.arange(2), 1, 1.0)[0][0, 0].item() > before + 0.01
+
+
+def test_smallest_learning_rates_move_fp32_weights():
+    policy, tokenizer = small()
+    assert {w.dtype for w in policy.parameters()} == {torch.float32}
+    before = torch.cat([w.detach().flatten().clone() for w in policy.parameters()])
+    train.train_step(policy, train.make_optimizer(policy, 1e-6), rollout_of(policy, tokenizer), REWARDS, SMOOTH, G)
+    after = torch.cat([w.detach().flatten() for w in policy.parameters()])
+    assert (after != before).float().mean() > 0.9, "a step of 1e-6 must change nearly every weight"
+
+
+def test_a_nan_never_reaches_the_weights():
+    policy, tokenizer = small()
+    def broken(logp, *rest, **options):
+        loss, stats = SMOOTH(logp, *rest, **options)
+        poison = torch.zeros_like(logp)
+        poison[2, 0] = float("nan")
+        return loss + (poison * logp).sum(), stats
+    before = [w.detach().clone() for w in policy.parameters()]
+    stats = train.train_step(policy, train.make_optimizer(policy, 1e-2), rollout_of(policy, tokenizer), REWARDS, broken, G)
+    assert stats["bad"] and stats["bad_rows"] == [2], "the step must name row 2"
+    assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters())), "weights moved on a NaN"
+
+
+TWO_PROCESSES = """
+import sys, torch
+sys.path[:0] = [{root!r}, {tests!r}]
+import test_train as t, train
+torch.distributed.init_process_group("gloo")
+torch.set_num_threads(1)
+policy, tokenizer = t.small()
+rollout = t.rollout_of(policy, tokenizer, 0.7, ("4 7 2 9,24=", "1 1,2=", "3 9 9,7=", "2 2,4="))
+rewards = torch.tensor([1., 0, 0, 1, 0, 0, 0, 1, 1, 1, 1, 1, 0, 0, 1, 0])
+mine = torch.arange(16).chunk(train.world())[train.rank()]
+if train.world() > 1:
+    policy = train.shard(policy)
+optimizer = train.make_optimizer(policy, 1e-2)
+for loss in (t.SMOOTH, t.BONUS):
+    stats = train.train_step(policy, optimizer, train.take(rollout, mine), rewards[mine], loss, t.G, temperature=0.7,
+                             micro_batch={micro})
+weights = {{name: train.full(w.detach()) for name, w in policy.named_parameters()}}
+if train.rank() == 0:
+    torch.save((weights, stats["loss"], stats["grad_norm"]), {out!r})
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_two_processes_make_the_update_of_one(tmp_path):
+    """Two steps under torchrun with FSDP2: same loss, same gradient norm, same weights as in one process."""
+    results = []
+    for processes, micro in ((1, 16), (2, 3)):
+        out, script = tmp_path / f"{processes}.pt", tmp_path / f"{processes}.py"
+        script.write_text(TWO_PROCESSES.format(root=str(ROOT), tests=str(ROOT / "tests"), micro=micro, out=str(out)))
+        subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
+                        str(script)], check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        results.append(torch.load(out, weights_only=True))
+    (one, loss_1, norm_1), (two, loss_2, norm_2) = results
+    assert abs(loss_1 - loss_2) < 1e-6 and abs(norm_1 - norm_2) < 1e-5 * norm_1, (loss_1, loss_2, norm_1, norm_2)
+    for name in one:
+        assert torch.allclose(one[name], two[name], atol=1e-5), f"{name} differs by {(one[name] - two[name]).abs().max()}"
+
+
+# --------------------------------------------------------------------------------------------------------- whole runs
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """runs/base, warm-started for long enough on a toy setting (2 numbers) that some answers are right."""
+    out = tmp_path_factory.mktemp("runs")
+    task = Countdown(counts=(2,), high=4, targets=(1, 8))
+    policy, tokenizer = policy_module.tiny(width=64, layers=2, heads=2, kv_heads=1, inner=128)
+    train.warm_start(policy, tokenizer, task, steps=30, batch=64, lr=3e-3, say=lambda line: None)
+    policy_module.save(policy, tokenizer, out / "base" / "model")
+    flags = {"task": "countdown", "prompt": "bare", "counts": [2], "high": 4, "targets": [1, 8], "max_new_tokens": 8}
+    (out / "base" / "flags.json").write_text(json.dumps(flags))
+    return out
+
+
+TOY = "--counts 2 --high 4 --targets 1 8 --max-new-tokens 8 --prompts 8 --group-size 8 --lr 1e-3 --eval-problems 0 --device cpu"
+
+
+def go(base, *flags):
+    return train.main([*TOY.split(), "--out", str(base), *map(str, flags)])
+
+
+def rows(base, name):
+    lines = (base / name / "log.csv").read_text().splitlines()
+    return [dict(zip(lines[0].split(","), line.split(","))) for line in lines[1:]]
+
+
+TIMES = ("sample_s", "update_s", "memory_gb", "tokens_s")
+
+
+def untimed(base, name):
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows(base, name)]
+
+
+def test_twenty_steps_raise_the_reward(base):
+    assert go(base, "--loss", "diffsmooth", "--steps", 20, "--name", "learn", "--gamma_p", 0.02) == 0
+    reward = [float(row["reward"]) for row in rows(base, "learn")]
+    assert sum(reward[-5:]) > sum(reward[:5]) + 0.5, f"mean reward of five steps went {reward[:5]} -> {reward[-5:]}"
+    policy_module.load(base / "learn" / "model")       # and the result is a checkpoint
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+def test_resume_is_bit_for_bit(base, updates):
+    """6 steps at once against 3, then 3 more after a restart: same log, same weights."""
+    common = ("--loss", "grpo", "--updates", updates, "--save-every", 3, "--dynamic-sampling", 1)
+    assert go(base, *common, "--steps", 6, "--name", f"whole{updates}") == 0
+    assert go(base, *common, "--steps", 3, "--name", f"halves{updates}") == 0
+    assert go(base, *common, "--steps", 6, "--name", f"halves{updates}", "--resume") == 0
+    assert untimed(base, f"whole{updates}") == untimed(base, f"halves{updates}")
+    one, two = (policy_module.load(base / f"{half}{updates}" / "model")[0] for half in ("whole", "halves"))
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters())), "weights differ after --resume"
+    ratios = [float(row["ratio_max"]) for row in rows(base, f"whole{updates}")]
+    assert (max(ratios) > 1.001) == (updates > 1), "the second update of a rollout must see ratios other than 1"
+
+
+def test_damaged_checkpoint_is_noticed_and_the_one_before_is_used(base, capsys):
+    common = ("--loss", "grpo", "--save-every", 2, "--name", "damaged")
+    assert go(base, *common, "--steps", 4) == 0
+    newest = sorted((base / "damaged" / "checkpoints").glob("*.safetensors"))[-1]
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 1                          # one bit
+    newest.write_bytes(data)
+    assert go(base, *common, "--steps", 6, "--resume") == 0
+    assert "damaged" in capsys.readouterr().err
+    assert [row["step"] for row in rows(base, "damaged")] == ["1", "2", "3", "4", "5", "6"]
+    for file in (base / "damaged" / "checkpoints").glob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:1000])
+    assert go(base, *common, "--steps", 8, "--resume") == 2
+    assert "no usable checkpoint" in capsys.readouterr().err
+
+
+class Scripted(Countdown):
+    """A task whose reward is decided by the group's number: group 0 all right, 1 all wrong, then mixed, and so on."""
+
+    def __init__(self):
+        super().__init__(counts=(2,), high=4, targets=(1, 8))
+        self.calls = 0
+
+    def reward(self, problem, text):
+        group, self.calls = self.calls // G, self.calls + 1
+        return [1.0, 0.0, float(self.calls % 2)][group % 3]
+
+
+def test_dynamic_sampling_keeps_mixed_groups_and_is_bounded():
+    policy, tokenizer = small()
+    flags = dict(group_size=G, prompts=3, max_new_tokens=4, temperature=1.0)
+    for redraws, mixed in ((0, 1), (1, 2), (2, 3), (9, 3)):
+        args = train.argparse.Namespace(**flags, dynamic_sampling=redraws)
+        problems, rollout, rewards = train.collect(policy, tokenizer, Scripted(), args, random.Random(0),
+                                                   torch.Generator().manual_seed(0))
+        assert len(problems) == 3 and len(rewards) == len(rollout.texts) == 12, "the batch must be full"
+        share = rewards.view(3, G).mean(1)
+        assert ((share > 0) & (share < 1)).sum() == mixed, f"{redraws} redraws: {share.tolist()}"
+
+
+def test_a_kl_weight_loads_the_frozen_reference(base):
+    assert go(base, "--loss", "grpo", "--beta", 0.1, "--steps", 2, "--name", "kl") == 0
+    assert [float(row["kl"]) for row in rows(base, "kl")][0] < 1e-6 < [float(row["kl"]) for row in rows(base, "kl")][1]
+
+
+BAD = {                                                # flags -> what the one sentence must say
+    "--loss nonsense": "unknown loss 'nonsense'; these exist:",
+    "--loss grpo --gamma_p 0.1": "'--gamma_p' is not a flag, nor an option of loss grpo, which has:",
+    "--loss grpo --stps 3": "'--stps'",
+    "--loss grpo --steps three": "--steps",
+    "--loss grpo --steps 0": "--steps must be at least 1",
+    "--loss grpo --group-size 1": "--group-size must be at least 2",
+    "--loss grpo --temperature 0": "--temperature must be above 0",
+    "--loss grpo --lr -1": "--lr",
+    "--loss grpo --updates 3": "--updates 3 does not divide",
+    "--loss grpo --counts 3": "was warm-started with counts [2], not [3]",
+    "--loss grpo --model no/such/model": "'no/such/model' is neither a folder here nor",
+    "--loss grpo --task math": "--task math needs --data",
+    "--loss grpo --task math --data no.jsonl --prompt boxed": "no.jsonl",
+    "--loss grpo --task math --prompt think": "does not go with",
+    "--loss grpo --device quantum": "--device quantum is not available",
+    "--loss grpo --name taken": "holds a run already",
+    "--loss grpo --name other --resume": "no run to resume",
+    "--loss dapo --name taken --resume": "but loss was grpo",
+    "--loss grpo --name notes": "holds no run",
+    "--loss passk --k 99 --name k": "k",
+}
+
+
+@pytest.mark.parametrize("flags", BAD)
+def test_bad_input_is_one_sentence_and_changes_nothing(base, flags, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    if not (base / "taken").exists():
+        go(base, "--loss", "grpo", "--steps", 1, "--name", "taken")
+        (base / "notes").mkdir()
+        (base / "notes" / "diary.txt").write_text("mine")
+    kept = {file: file.read_bytes() for file in base.rglob("*") if file.is_file() and file.name != "lock"}
+    capsys.readouterr()
+    assert go(base, *flags.split()) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and BAD[flags] in message, message
+    assert message.count("\n") == 1 and "Traceback" not in message, f"not one sentence: {message}"
+    for file, content in kept.items():
+        assert file.read_bytes() == content, f"{file} was changed"
+
+
+def test_two_processes_cannot_share_a_run_folder(base, capsys):
+    go(base, "--loss", "grpo", "--steps", 1, "--name", "locked")
+    held = train.lock_file(base / "locked" / "lock")
+    assert go(base, "--loss", "grpo", "--steps", 2, "--name", "locked", "--resume") == 2
+    assert "another process is writing" in capsys.readouterr().err
+    held.close()
