@@ -99,21 +99,25 @@ def summary(results, resamples=2000, seed=0):
     first, size = next(iter(results)), len(next(iter(results.values())))
     picks = np.random.default_rng(seed).integers(0, size, (resamples, size))    # (resamples, problems)
     values = {model: columns(records) for model, records in results.items()}
-    interval = lambda x: dict(zip(("mean", "low", "high"), (mean(x), *np.nanquantile(mean(x[picks]), (0.025, 0.975)))))
-    return {model: {name: interval(x) | ({} if model == first else {"gain": interval(x - values[first][name])})
+    return {model: {name: interval(x, picks) | ({} if model == first else {"gain": interval(x - values[first][name], picks)})
                     for name, x in table.items()} for model, table in values.items()}
 
 
-def mean(x):
-    """Mean over the last axis of the values that exist; NaN where none does."""
+def interval(x, picks):
+    """Mean of (problems,) values and its bootstrap interval; NaN marks a problem without a value, None a mean without any."""
     exists = ~np.isnan(x)
-    with np.errstate(invalid="ignore"):
-        return np.where(exists, x, 0).sum(-1) / exists.sum(-1)
+    size = exists[picks].sum(1)                                                 # (resamples,)
+    if not size.any():
+        return {"mean": None, "low": None, "high": None}
+    means = np.where(exists, x, 0)[picks].sum(1)[size > 0] / size[size > 0]
+    return {"mean": float(x[exists].mean()), "low": float(np.quantile(means, 0.025)), "high": float(np.quantile(means, 0.975))}
 
 
 def table(summaries):
     """The summaries as text: a line a measure, a column a model with its interval, then the gains over the first model."""
     def cell(entry, name, sign=""):
+        if entry["mean"] is None:                      # sigma of a model that is never right twice
+            return "-".rjust(7)
         digits = 2 if name in ("sigma", "parsed", "finished") else 1
         mean, low, high = (f"{entry[part]:{sign}.{digits}f}" for part in ("mean", "low", "high"))
         return f"{mean:>7} [{low}, {high}]"

@@ -407,7 +407,7 @@ def open_run(args):
         if not args.resume:
             raise ValueError(f"'{folder}' holds a run already: go on with --resume, or choose another --name.")
         before = json.loads((folder / "flags.json").read_text())
-        for key in flags.keys() | before.keys():
+        for key in flags | before:
             if flags.get(key) != before.get(key) and key != "steps":
                 raise ValueError(f"--resume goes on with the run's own flags, but {key} was {before.get(key)} and is "
                                  f"{flags.get(key)} now.")
