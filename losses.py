@@ -1,445 +1,535 @@
-"""What is optimised: one function a method, all with the same signature, to be read beside one another.
+"""What is optimised: one function a method, to be read side by side.
 
-    loss, stats = diffsmooth(logp, old_logp, mask, rewards, group_size, gamma_p=0.1)
+    python train.py --loss diffsmooth --gamma_p 0.1    # the word is the function, its keywords are the flags
 
-    logp      (B, T) log-probability of each sampled token under the current weights; carries the gradient
-    old_logp  (B, T) the same at the weights that sampled; a constant (detached here)
-    mask      (B, T) 1 on sampled tokens up to and including the stop token; what stands elsewhere is never read
-    rewards   (B,)   one an answer; B = prompts x group_size, the rows of one prompt contiguous
-    entropy   (B, T) or None: of the whole next-token distribution; carries a gradient too
-    ref_logp  (B, T) or None: the frozen reference's log-probabilities, for the KL terms
-    ->        loss, a scalar to be minimised; stats, a flat dict of floats
+Differential smoothing (arXiv 2511.19942) adds one line to GRPO, Eq. (6): among correct answers the rare ones get more
+advantage, so that learning does not collapse onto the likely ones. Here it stands beside what it is compared with.
+Every function has the same first arguments and returns (loss, stats):
 
-Every call sees the WHOLE optimiser batch, so advantages and denominators are formed here and any split into micro-batches
-is the caller's business. "Correct" means reward == 1, never reward > 0: a format bonus does not make an answer right.
+    logp      (B, T)  log-probability of each sampled token under the current weights; carries the gradient
+    old_logp  (B, T)  the same at the weights that sampled; a constant, and `logp` itself will do on-policy
+    mask      (B, T)  1 on generated tokens up to and including the first stop token, 0 elsewhere; padding may hold NaN
+    rewards   (B,)    one per answer; the G = group_size rows of one prompt are neighbours
+    entropy   (B, T)  of the next-token distribution, carries gradient; ref_logp (B, T) under a frozen reference
 
-Letters: G = group_size, c = how many of a group are correct, S = sum of an answer's old log-probabilities, M = S / length.
-The advantage A (B,) is all that most methods differ in. Where one update follows each rollout, the ratio is 1 everywhere:
-every clip is then inert, grpo, gspo (and dapo, cispo) agree in gradient, and the VALUE of the loss says nothing.
+A call sees the whole optimiser batch, forms advantages A (B,) and denominators itself, and writes into no argument. How
+one number comes out of (B, T) token losses is half of a method, and named in its `agg`:
+
+    seq_mean    mean over answers of the mean over their tokens     token_mean   mean over all tokens of the batch
+    seq_sum     mean over answers of the sum over their tokens      seq_const    seq_sum / max_len, a fixed number
+
+Lengths 2 and 6, A = +1 and -1, ratio 1: 0 by seq_mean, +0.5 by token_mean, +2 by seq_sum, +0.2 by seq_const (10).
+
+Read `grpo` first. In most others only A differs, and the line says so. "Correct" is rewards == 1, never rewards > 0: an
+answer that earned 0.1 for its format is wrong. After a single update a rollout (logp equals old_logp) every ratio is
+exactly 1: then no clip does anything, gspo has the gradient of grpo and cispo that of dapo, and a loss of 0 under
+seq_mean still has a gradient. Group-relative numbers here use the population std (ddof 0); most libraries use ddof 1.
+
+stats, floats: adv_abs = mean |A|; ratio_max = largest token ratio; clip_frac = share of tokens whose gradient a clip really
+removed; zero_std_frac = share of groups with equal rewards; kl_old = KL(old, current) in nats a token (k3); and kl (to the
+reference), entropy, ds_ratio, kept_frac, capped_frac where they apply.
 """
 import math
+from typing import NamedTuple, Optional
 
 import torch
 
-EPS = 1e-6                                             # added to the group's std, outside the root
+EPS = 1e-6                                             # added to a std or a mean, never put under the root
 
 
-# ---------------------------------------------------------------------------------------------------------- shared steps
+# -------------------------------------------------------------------------------------------------- shared by the losses
+
+class _Batch(NamedTuple):
+    """The checked arguments: 0 instead of anything under mask 0, and only logp and entropy carry gradient."""
+    logp: torch.Tensor                                 # (B, T)
+    old_logp: torch.Tensor                             # (B, T)
+    mask: torch.Tensor                                 # (B, T) bool
+    rewards: torch.Tensor                              # (B,) in the dtype of logp
+    group_size: int
+    entropy: Optional[torch.Tensor]                    # (B, T) or None
+    ref_logp: Optional[torch.Tensor]                   # (B, T) or None
+
+
+def _inputs(logp, old_logp, mask, rewards, group_size, entropy, ref_logp, lowest=-math.inf, highest=math.inf):
+    """Check the arguments (ValueError in one sentence) -> _Batch. Rewards outside [lowest, highest] are refused.
+
+    NaN on a generated token is let through, so that the loss shows it. NaN in padding has to go before any exp or product,
+    because inf * 0 is NaN, in the gradient too.
+    """
+    if logp.dim() != 2 or 0 in logp.shape:
+        raise ValueError(f"logp must be (rows, tokens) and not empty, but its shape is {tuple(logp.shape)}.")
+    for name, x in {"old_logp": old_logp, "mask": mask, "entropy": entropy, "ref_logp": ref_logp}.items():
+        if x is not None and x.shape != logp.shape:
+            raise ValueError(f"{name} must have the shape of logp, {tuple(logp.shape)}, but has {tuple(x.shape)}.")
+    if rewards.shape != logp.shape[:1]:
+        raise ValueError(f"rewards must be one number a row, ({len(logp)},), but its shape is {tuple(rewards.shape)}.")
+    _groups(rewards, group_size)
+    on = mask.bool()
+    clean = lambda x: None if x is None else torch.where(on, x, 0)
+    constant = lambda x: None if x is None else clean(x.detach())
+    logp, old_logp, ref_logp, entropy = clean(logp), constant(old_logp), constant(ref_logp), clean(entropy)
+    rewards = rewards.detach().to(logp.dtype)
+    wrong = {"mask must hold nothing but 0 and 1.": mask != on, "rewards must be finite.": ~rewards.isfinite(),
+             f"this loss needs rewards of at least {lowest}.": rewards < lowest,
+             f"this loss needs rewards of at most {highest}: rewards == 1 is what it calls correct.": rewards > highest}
+    for name, x in {"logp": logp, "old_logp": old_logp, "ref_logp": ref_logp}.items():
+        if x is not None:                              # 1e-4: rounding may lift a certain token a little above 0
+            wrong[f"{name} is above 0 on a generated token, which no log-probability can be."] = x > 1e-4
+    for message, bad in zip(wrong, torch.stack([x.any() for x in wrong.values()]).tolist()):  # one GPU sync for all
+        if bad:
+            raise ValueError(message)
+    return _Batch(logp, old_logp, on, rewards, group_size, entropy, ref_logp)
+
+
+def _groups(x, group_size):
+    """(B,) -> (B / G, G), one prompt a row."""
+    if group_size < 1 or len(x) % group_size:
+        raise ValueError(f"group_size {group_size} must be at least 1 and divide the {len(x)} rows.")
+    return x.reshape(-1, group_size)
+
 
 def group_advantages(rewards, group_size):
-    """(r - group mean) / (group std + 1e-6), Eq. (5); std with ddof 0. Exactly 0 where all rewards of a group are equal.
+    """A = (r - mean) / (std + 1e-6) within each group, std with ddof 0. (B,) -> (B,).    GRPO's, and Eq. (5)
 
-    1, 0, 0, 0 gives 1.732, -0.577 three times (ddof 1, torch's default, would give 1.5 and -0.5).
+    (1, 0, 0, 0) -> 1.732047, -0.577349 three times; ddof 1 would give 1.5, -0.5. For 0/1 rewards with a share p correct
+    it is sqrt((1-p)/p) for correct and -sqrt(p/(1-p)) for wrong answers. Equal rewards give exactly 0: in float32 the mean of
+    equal numbers can be off by one in the last place, and 1e-6 would blow that up.
     """
-    r = rewards.view(-1, group_size)                                            # (prompts, G)
-    A = (r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True, correction=0) + EPS)
-    equal = r.amax(1, keepdim=True) == r.amin(1, keepdim=True)                  # rounding of the mean, divided by EPS
-    return torch.where(equal, 0.0, A).flatten()                                 # (B,)
+    r = _groups(rewards.detach() if rewards.is_floating_point() else rewards.float(), group_size)  # (B/G, G)
+    a = (r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True, correction=0) + EPS)
+    equal = r.amax(1, keepdim=True) == r.amin(1, keepdim=True)
+    return torch.where(equal, 0, a).flatten()
 
 
 def kl(logp, ref_logp, kind="k3"):
-    """Estimates of KL(pi, ref) from tokens sampled from pi; with d = logp - ref_logp, (B, T):
+    """Estimates of KL(pi, ref) a token from d = logp - ref_logp, tokens drawn from pi. (B, T) -> (B, T).
 
-    k1  d               unbiased; inside a reward its gradient is right, inside a loss its expected gradient is ZERO
-    k2  d^2 / 2         inside a loss: the gradient of KL(pi, ref)
-    k3  e^-d + d - 1    never negative; inside a loss: the gradient of the FORWARD KL(ref, pi), though its value estimates
-                        KL(pi, ref). What GRPO uses.
-    d = 0.5 gives .5, .125, .106531.
+    k1 = d            for the reward (reinforce, rloo): the right gradient. In a loss its expected gradient is zero.
+    k2 = d^2 / 2      in a loss it has the gradient of KL(pi, ref), though its own value is biased.
+    k3 = e^-d + d - 1 in a loss (GRPO): never negative, but its gradient is that of the other direction, KL(ref, pi).
+
+    d = 0.5: 0.5, 0.125, 0.106531. d = -0.5: -0.5, 0.125, 0.148721. No clamp: a huge value is better seen than hidden.
     """
-    d = logp - ref_logp.detach()
+    if ref_logp is None:
+        raise ValueError("a KL term (beta != 0) needs ref_logp, the log-probabilities under the reference model.")
+    d = logp - ref_logp
     if kind == "k1":
         return d
     if kind == "k2":
-        return d.square() / 2
+        return d ** 2 / 2
     if kind == "k3":
-        return torch.expm1(-d) + d                     # e^-d + d - 1 would round to 0, or below it, for small d
-    raise ValueError(f"unknown kind of KL estimate '{kind}'; these exist: k1, k2, k3.")
+        return torch.expm1(-d) + d                     # exp(-d) - 1 would lose every digit of a small d in float32
+    raise ValueError(f"unknown KL estimator {kind!r}: k1, k2 or k3.")
 
 
-def _inputs(logp, old_logp, mask, rewards, group_size):
-    """Checked (logp, old_logp, mask); masked positions become 0 before anything can exponentiate what they hold."""
-    if logp.dim() != 2 or logp.shape != old_logp.shape or logp.shape != mask.shape or rewards.shape != logp.shape[:1]:
-        raise ValueError(f"shapes do not fit: logp {tuple(logp.shape)}, old_logp {tuple(old_logp.shape)}, mask "
-                         f"{tuple(mask.shape)} must be (B, T) and rewards {tuple(rewards.shape)} (B,).")
-    if group_size < 1 or len(rewards) % group_size:
-        raise ValueError(f"group_size {group_size} does not divide the {len(rewards)} rows.")
-    if mask.dtype != torch.bool and not ((mask == 0) | (mask == 1)).all():
-        raise ValueError("mask must hold 0 and 1 only.")
-    if not rewards.isfinite().all():
-        raise ValueError("rewards must be finite.")
-    mask = mask.bool()
-    logp, old_logp = torch.where(mask, logp, 0.0), torch.where(mask, old_logp.detach(), 0.0)
-    if (logp > 1e-4).any() or (old_logp > 1e-4).any():  # a little above 0 is rounding
-        raise ValueError("a log-probability is above 0: these are not log-probabilities, or the mask is wrong.")
-    return logp, old_logp, mask
+def _clip(ratio, advantages, clip_low, clip_high):
+    """PPO's surrogate as a loss, and where it has no gradient left; both in the shape of ratio, (B, T) or (B, 1).
 
-
-def _correct(rewards):
-    """(B,) bool, reward == 1. Refuses rewards outside [0, 1], where 'correct' would have no meaning."""
-    if ((rewards < 0) | (rewards > 1)).any():
-        raise ValueError("this loss tells correct (1) from wrong answers, so rewards must lie in [0, 1].")
-    return rewards == 1
-
-
-def _aggregate(l, mask, agg):
-    """Token losses (B, T) -> scalar. Rows without a token count nowhere; an all-zero mask gives 0."""
-    l, lengths = torch.where(mask, l, 0.0), mask.sum(1)
-    rows = (lengths > 0).sum().clamp(min=1)
-    if agg == "seq_mean":                              # every answer weighs the same (GRPO's paper)
-        return (l.sum(1) / lengths.clamp(min=1)).sum() / rows
-    if agg == "token_mean":                            # every token weighs the same (DAPO, and the authors' runs)
-        return l.sum() / lengths.sum().clamp(min=1)
-    if agg == "seq_sum":                               # every token, unbiased for REINFORCE on whole answers
-        return l.sum() / rows
-    raise ValueError(f"unknown agg '{agg}'; these exist: seq_mean, token_mean, seq_sum.")
-
-
-def _need(value, name, weight):
-    if value is None:
-        raise ValueError(f"a weight of {weight} on it needs {name}, which was not given.")
-    return value
-
-
-def _length_mean(x, mask):
-    """Sum and mean over an answer's tokens, (B,) each."""
-    total = torch.where(mask, x, 0.0).sum(1)
-    return total, total / mask.sum(1).clamp(min=1)
-
-
-def _stats(A, rewards, group_size, logp, old_logp, mask, entropy=None, cut=None, **extra):
-    """What every loss reports, as floats; one transfer from the device."""
-    with torch.no_grad():
-        tokens, log_ratio = mask.sum().clamp(min=1), logp - old_logp            # masked positions are 0 in both
-        r = rewards.view(-1, group_size)
-        values = {"adv_abs": A.abs().mean(), "ratio_max": log_ratio.amax().exp() if mask.any() else torch.ones(()),
-                  "clip_frac": (cut & mask).sum() / tokens if cut is not None else torch.zeros(()),
-                  "zero_std_frac": (r.amax(1) == r.amin(1)).float().mean(),
-                  "kl_old": kl(old_logp, logp.detach()).sum() / tokens, **extra}
-        if entropy is not None:
-            values["entropy"] = torch.where(mask, entropy, 0.0).sum() / tokens
-        numbers = torch.stack([value.detach().to(logp).reshape(()) for value in values.values()]).tolist()
-    return dict(zip(values, numbers))
-
-
-def _clipped(logp, old_logp, mask, rewards, group_size, A, clip_low, clip_high, agg, beta=0.0, ref_logp=None, entropy=None,
-             entropy_coef=0.0, **extra):
-    """PPO's clipped surrogate for given advantages A (B,), with GRPO's optional beta * k3 and an entropy term.
-
-    Clip 0.2, ratio 1.5: A = +1 gives -1.2 and no gradient; A = -1 gives +1.5 with gradient.
+    Ratio 1.5, clip 0.2: A = +1 gives -1.2 and no gradient, A = -1 gives +1.5 with gradient (min is the pessimist).
     """
-    ratio, A = (logp - old_logp).exp(), A[:, None]                              # (B, T), (B, 1)
-    l = -torch.minimum(ratio * A, ratio.clamp(1 - clip_low, 1 + clip_high) * A)
-    if beta:
-        penalty = kl(logp, torch.where(mask, _need(ref_logp, "ref_logp", beta), 0.0))
-        l, extra = l + beta * penalty, extra | {"kl": penalty.sum() / mask.sum().clamp(min=1)}
-    if entropy_coef:
-        l = l - entropy_coef * torch.where(mask, _need(entropy, "entropy", entropy_coef), 0.0)
-    cut = ((A > 0) & (ratio > 1 + clip_high)) | ((A < 0) & (ratio < 1 - clip_low))   # where no gradient flows
-    return _aggregate(l, mask, agg), _stats(A, rewards, group_size, logp, old_logp, mask, entropy, cut, **extra)
+    loss = -torch.min(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
+    cut = ((advantages > 0) & (ratio > 1 + clip_high)) | ((advantages < 0) & (ratio < 1 - clip_low))
+    return loss, cut
 
 
-# -------------------------------------------------------------------------------------------------- without a clip
+def _surrogate(batch, advantages, clip_low, clip_high, beta=0.0):
+    """GRPO's token loss for any advantages: clipped surrogate plus beta * k3 -> (B, T), (B, T) where it was cut."""
+    ratio = torch.exp(batch.logp - batch.old_logp)     # (B, T)
+    token_loss, cut = _clip(ratio, advantages[:, None], clip_low, clip_high)
+    return (token_loss + beta * kl(batch.logp, batch.ref_logp) if beta else token_loss), cut
+
+
+def _aggregate(token_loss, mask, agg, max_len=None):
+    """(B, T) -> scalar; see the table at the top. Rows without a token count nowhere; no token at all gives 0."""
+    token_loss = torch.where(mask, token_loss, 0)
+    lengths = mask.sum(1)                              # (B,)
+    rows = (lengths > 0).sum().clamp(min=1)
+    if agg == "seq_mean":
+        return (token_loss.sum(1) / lengths.clamp(min=1)).sum() / rows
+    if agg == "token_mean":
+        return token_loss.sum() / lengths.sum().clamp(min=1)
+    if agg == "seq_sum":
+        return token_loss.sum() / rows
+    if agg == "seq_const" and max_len is not None:
+        return token_loss.sum() / rows / max_len
+    raise ValueError(f"unknown agg {agg!r}: seq_mean, token_mean or seq_sum.")
+
+
+def _sequence_logp(batch, reduction):
+    """log pi_old(y|x), the sum over an answer's tokens, or its mean a token -> (B,). Never of logp: it is a constant."""
+    if reduction not in ("sum", "mean"):
+        raise ValueError(f"unknown reduction {reduction!r}: sum or mean.")
+    total = batch.old_logp.sum(1)                      # padding is 0
+    return total if reduction == "sum" else total / batch.mask.sum(1).clamp(min=1)
+
+
+def _minus_kl(batch, beta):
+    """Rewards minus beta times the answer's k1, a constant -> (B,)."""
+    return batch.rewards - beta * kl(batch.old_logp, batch.ref_logp, "k1").sum(1) if beta else batch.rewards
+
+
+def _by_count(batch, values):
+    """values[c] for a group with c correct answers, c = 0..G -> (B,)."""
+    c = _groups(batch.rewards == 1, batch.group_size).sum(1)                # (B/G,)
+    return batch.logp.new_tensor(values)[c].repeat_interleave(batch.group_size)
+
+
+def _check_k(k, group_size):
+    if not 1 <= k <= group_size:
+        raise ValueError(f"k = {k} must be between 1 and the group size {group_size}.")
+
+
+@torch.no_grad()
+def _stats(batch, advantages, cut=None, **more):
+    """The numbers beside the loss, as floats; `more` are 0-dim tensors. cut (B, T) or (B, 1): no gradient left there."""
+    tokens = batch.mask.sum().clamp(min=1)
+    per_token = lambda x: x.sum() / tokens             # padding is 0 in all that goes in
+    log_ratio = batch.logp - batch.old_logp            # (B, T)
+    r = _groups(batch.rewards, batch.group_size)
+    values = {"adv_abs": advantages.abs().mean(),
+              "ratio_max": torch.where(batch.mask, log_ratio, -math.inf).amax().exp(),
+              "clip_frac": tokens * 0 if cut is None else per_token(cut & batch.mask),
+              "zero_std_frac": (r.amax(1) == r.amin(1)).to(r.dtype).mean(),
+              "kl_old": per_token(kl(batch.old_logp, batch.logp))}  # the tokens were drawn from old: it comes first
+    if batch.ref_logp is not None:
+        values["kl"] = per_token(kl(batch.logp, batch.ref_logp))
+    if batch.entropy is not None:
+        values["entropy"] = per_token(batch.entropy)
+    values |= more
+    return dict(zip(values, torch.stack([x.detach().to(log_ratio.dtype) for x in values.values()]).tolist()))
+
+
+# --------------------------------------------------------------------------------------- the losses: policy gradient, GRPO
 
 def reinforce(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp=None, baseline=0.0, beta=0.0):
-    """REINFORCE (Williams 1992). Against GRPO: no group, no ratio, no clip; a constant baseline known before sampling.
+    """REINFORCE (Williams 1992): loss = -(r - baseline) log pi(y|x), averaged over answers.
 
-    Unbiased for one update a rollout. A = 1, logp -0.2, one row: loss +0.2, gradient -1. All-correct groups push too.
-    beta puts k1 into the reward. Trap: dividing by the length is another objective.
+    Against GRPO: no group, no ratio, no clip; the baseline is a constant known beforehand (0, or a running mean).
+    With beta > 0 the reward first loses beta * sum_t (old_logp - ref_logp), as a constant.
+    Traps: right for one update a rollout only. Dividing by the length is another objective. The loss value means nothing.
+    A = 1, one token of logp -0.2: loss +0.2, gradient -1.
     """
-    logp, old_logp, mask = _inputs(logp, old_logp, mask, rewards, group_size)
-    A = _minus_kl(rewards, old_logp, mask, beta, ref_logp) - baseline
-    return (_aggregate(-A[:, None] * logp, mask, "seq_sum"),
-            _stats(A, rewards, group_size, logp, old_logp, mask, entropy))
+    batch = _inputs(logp, old_logp, mask, rewards, group_size, entropy, ref_logp)
+    advantages = _minus_kl(batch, beta) - baseline     # (B,)
+    token_loss = -advantages[:, None] * batch.logp     # (B, T)
+    return _aggregate(token_loss, batch.mask, "seq_sum"), _stats(batch, advantages)
 
 
 def rloo(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp=None, beta=0.0):
-    """Leave-one-out (2402.14740). Against GRPO: the baseline is the mean of the OTHER answers, no std, whole answers.
+    """RLOO (arXiv 2402.14740): REINFORCE whose baseline is the mean reward of the OTHER answers to the prompt.
 
-    1, 0, 0, 0 gives A = 1, -1/3, -1/3, -1/3. Unbiased; equals G/(G-1) times dr_grpo's advantage. beta: k1 in the reward,
-    before the baseline. One update a rollout.
+    Against GRPO: leave-one-out mean, no std, no clip, and the answer is one action (tokens summed, not averaged).
+    A equals G/(G-1) times dr_grpo's. KL, if any, goes into the reward as k1 before the baseline.
+    Traps: dividing by the length; KL after the baseline; G = 1 has no others and is refused.
+    r = (1, 0, 0, 0): A = 1, -1/3, -1/3, -1/3.
     """
-    logp, old_logp, mask = _inputs(logp, old_logp, mask, rewards, group_size)
     if group_size < 2:
-        raise ValueError("rloo needs a group_size of at least 2: the baseline is the other answers' mean.")
-    r = _minus_kl(rewards, old_logp, mask, beta, ref_logp).view(-1, group_size)
-    A = ((r - r.mean(1, keepdim=True)) * group_size / (group_size - 1)).flatten()    # = r_i - mean of the others
-    return (_aggregate(-A[:, None] * logp, mask, "seq_sum"),
-            _stats(A, rewards, group_size, logp, old_logp, mask, entropy))
+        raise ValueError(f"rloo needs a group_size of at least 2, not {group_size}: the baseline is the other answers.")
+    batch = _inputs(logp, old_logp, mask, rewards, group_size, entropy, ref_logp)
+    r = _groups(_minus_kl(batch, beta), group_size)    # (B/G, G)
+    others = (r.sum(1, keepdim=True) - r) / (group_size - 1)
+    advantages = (r - others).flatten()                # (B,)
+    token_loss = -advantages[:, None] * batch.logp     # (B, T)
+    return _aggregate(token_loss, batch.mask, "seq_sum"), _stats(batch, advantages)
 
 
-def _minus_kl(rewards, old_logp, mask, beta, ref_logp):
-    """r - beta * k1, summed over the answer; a constant."""
-    if not beta:
-        return rewards
-    ref_logp = torch.where(mask, _need(ref_logp, "ref_logp", beta), 0.0)
-    return rewards - beta * kl(old_logp, ref_logp, "k1").sum(1)
+def grpo(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp=None,
+         clip_low=0.2, clip_high=0.2, beta=0.0, agg="seq_mean"):
+    """GRPO (arXiv 2402.03300, Eq. 3): the clipped surrogate of PPO with rewards normalised within the prompt's group.
 
+        loss = mean_i mean_t [ -min(ratio A_i, clip(ratio, 1 - clip_low, 1 + clip_high) A_i) + beta k3 ]
 
-# --------------------------------------------------------------------------------------------------------- GRPO and kin
-
-def grpo(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp=None, clip_low=0.2, clip_high=0.2, beta=0.0,
-         agg="seq_mean"):
-    """GRPO (2402.03300; the paper's vanilla baseline). The yardstick of this file.
-
-    1, 1, 0, 0 gives A = +-1. A group without contrast has A = 0 but stays in the denominators, and the KL acts on it.
+    All others are measured against this one. Differentiated: -ratio A where not clipped, else 0.
+    Traps: a group of equal rewards gives no policy gradient, yet its tokens stay in the denominators and KL acts on them;
+    A = -1 with a large ratio is unbounded on purpose. Many libraries take agg token_mean; the paper has seq_mean.
+    r = (1, 1, 0, 0): A = +-0.999998.
     """
-    logp, old_logp, mask = _inputs(logp, old_logp, mask, rewards, group_size)
-    A = group_advantages(rewards, group_size)                                   # Eq. (5)
-    return _clipped(logp, old_logp, mask, rewards, group_size, A, clip_low, clip_high, agg, beta, ref_logp, entropy)
+    batch = _inputs(logp, old_logp, mask, rewards, group_size, entropy, ref_logp)
+    advantages = group_advantages(batch.rewards, group_size)                # (B,)
+    token_loss, cut = _surrogate(batch, advantages, clip_low, clip_high, beta)  # (B, T)
+    return _aggregate(token_loss, batch.mask, agg), _stats(batch, advantages, cut)
 
 
-def dr_grpo(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp=None, clip_low=0.2, clip_high=0.2,
-            max_len=512):
-    """Dr. GRPO (2503.20783). Against GRPO: no std, and tokens are summed and divided by a constant, not by the length.
+def dr_grpo(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp=None,
+            clip_low=0.2, clip_high=0.2, max_len=512):
+    """Dr. GRPO (arXiv 2503.20783): GRPO without its two biases.
 
-    The constant is the generation budget (train.py passes its own); the padded width would change every step.
+    Against GRPO: no division by the std, and token losses are summed and divided by a constant, not by the length.
+    max_len is the generation budget; train.py passes its own. Changing it rescales the learning rate.
+    Traps: dividing by the padded width, which changes from step to step; doing only one of the two changes.
+    r = (1, 0, 0, 0): A = 0.75, -0.25 three times.
     """
-    logp, old_logp, mask = _inputs(logp, old_logp, mask, rewards, group_size)
-    r = rewards.view(-1, group_size)
-    A = (r - r.mean(1, keepdim=True)).flatten()                                 # differs from GRPO here
-    loss, stats = _clipped(logp, old_logp, mask, rewards, group_size, A, clip_low, clip_high, "seq_sum", entropy=entropy)
-    return loss / max_len, stats                                                # and here
+    if max_len < 1:
+        raise ValueError(f"max_len must be at least 1, not {max_len}.")
+    batch = _inputs(logp, old_logp, mask, rewards, group_size, entropy, ref_logp)
+    r = _groups(batch.rewards, group_size)             # (B/G, G)
+    advantages = (r - r.mean(1, keepdim=True)).flatten()                    # differs from GRPO here
+    token_loss, cut = _surrogate(batch, advantages, clip_low, clip_high)
+    return _aggregate(token_loss, batch.mask, "seq_const", max_len), _stats(batch, advantages, cut)  # and here
 
 
 def dapo(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp=None, clip_low=0.2, clip_high=0.28):
-    """DAPO (2503.14476). Against GRPO: a higher upper clip, and every token weighs the same.
+    """DAPO (arXiv 2503.14476): clip-higher and the token-level loss. Equals grpo(clip_high=0.28, agg="token_mean").
 
-    Equals grpo(agg="token_mean", clip_high=0.28). Its dynamic sampling is train.py's --dynamic-sampling.
+    Against GRPO: the upper clip is wider, every token of the batch weighs the same, no KL. Dynamic sampling, its other
+    half, is a flag of train.py. Traps: the mean of micro-batch means is not the mean; one denominator is needed.
+    On-policy, lengths 2 and 6, A = +1 and -1: +0.5.
     """
-    logp, old_logp, mask = _inputs(logp, old_logp, mask, rewards, group_size)
-    A = group_advantages(rewards, group_size)
-    return _clipped(logp, old_logp, mask, rewards, group_size, A, clip_low, clip_high, "token_mean", entropy=entropy)
+    batch = _inputs(logp, old_logp, mask, rewards, group_size, entropy, ref_logp)
+    advantages = group_advantages(batch.rewards, group_size)                # (B,)
+    token_loss, cut = _surrogate(batch, advantages, clip_low, clip_high)    # (B, T)
+    return _aggregate(token_loss, batch.mask, "token_mean"), _stats(batch, advantages, cut)  # differs from GRPO here
 
 
 def gspo(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp=None, clip_low=3e-4, clip_high=4e-4):
-    """GSPO (2507.18071). Against GRPO: one ratio an answer, the geometric mean of its tokens', and a far narrower clip.
+    """GSPO (arXiv 2507.18071): one ratio an answer, s_i = exp(mean_t(logp - old_logp)), and clip that.
 
-    Log-ratios .1, -.1, .3 give s = e^0.1 = 1.105171. A clip of 0.2 would never act; a product of ratios explodes.
+    Against GRPO: the ratio is the geometric mean of the token ratios, hence the far narrower clip; a clipped answer has no
+    gradient on any token. On-policy its gradient is GRPO's.
+    Traps: a clip of 0.2 never acts here; the product of ratios explodes; the mean of ratios is another number.
+    Log-ratios 0.1, -0.1, 0.3: s = e^0.1 = 1.105171.
     """
-    logp, old_logp, mask = _inputs(logp, old_logp, mask, rewards, group_size)
-    A = group_advantages(rewards, group_size)
-    s = _length_mean(logp - old_logp, mask)[1].exp()                            # (B,), differs from GRPO here
-    l = -torch.minimum(s * A, s.clamp(1 - clip_low, 1 + clip_high) * A)
-    cut = ((A > 0) & (s > 1 + clip_high)) | ((A < 0) & (s < 1 - clip_low))
-    return (_aggregate(l[:, None].expand_as(logp), mask, "seq_mean"),
-            _stats(A, rewards, group_size, logp, old_logp, mask, entropy, cut[:, None]))
+    batch = _inputs(logp, old_logp, mask, rewards, group_size, entropy, ref_logp)
+    advantages = group_advantages(batch.rewards, group_size)                # (B,)
+    lengths = batch.mask.sum(1, keepdim=True).clamp(min=1)                  # (B, 1)
+    ratio = torch.exp((batch.logp - batch.old_logp).sum(1, keepdim=True) / lengths)  # differs from GRPO here
+    answer_loss, cut = _clip(ratio, advantages[:, None], clip_low, clip_high)  # (B, 1), the same on each token
+    return _aggregate(answer_loss, batch.mask, "seq_mean"), _stats(batch, advantages, cut)
 
 
 def cispo(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp=None, clip_low=1.0, clip_high=4.0):
-    """CISPO (2506.13585, 2510.13786). Against GRPO: the clipped ratio is a constant WEIGHT on logp, so every token keeps
-    its gradient; every token weighs the same.
+    """CISPO (MiniMax-M1, arXiv 2506.13585): REINFORCE with a clipped importance weight, averaged over tokens.
 
-    Both clips are distances: the weight lies in [0, 5]. A = 1 and log-ratio ln 10: gradient -5, where PPO has 0.
+        loss = -stop_gradient(clip(ratio, 1 - clip_low, 1 + clip_high)) A logp
+
+    Against GRPO: the ratio is a constant weight on logp, so clipping never silences a token. Both numbers are distances: 1
+    and 4 mean weights in [0, 5], the cap of ScaleRL (arXiv 2510.13786); some libraries take the cap itself.
+    On-policy the gradient is dapo's. Traps: a weight that is differentiated; the loss value means nothing.
+    A = 1, ratio 10: gradient -5, where PPO's clip leaves 0.
     """
-    logp, old_logp, mask = _inputs(logp, old_logp, mask, rewards, group_size)
-    A = group_advantages(rewards, group_size)
-    weight = (logp - old_logp).exp().clamp(1 - clip_low, 1 + clip_high).detach()     # (B, T), differs from GRPO here
-    return (_aggregate(-weight * A[:, None] * logp, mask, "token_mean"),
-            _stats(A, rewards, group_size, logp, old_logp, mask, entropy))
+    batch = _inputs(logp, old_logp, mask, rewards, group_size, entropy, ref_logp)
+    advantages = group_advantages(batch.rewards, group_size)                # (B,)
+    ratio = torch.exp(batch.logp.detach() - batch.old_logp)                 # (B, T) a constant
+    weight = ratio.clamp(1 - clip_low, 1 + clip_high)
+    token_loss = -weight * advantages[:, None] * batch.logp                 # differs from GRPO here
+    capped = (ratio != weight).sum() / batch.mask.sum().clamp(min=1)
+    return _aggregate(token_loss, batch.mask, "token_mean"), _stats(batch, advantages, capped_frac=capped)
 
 
-def entropy(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp=None, entropy_coef=1e-3, clip_low=0.2,
-            clip_high=0.2, beta=0.0, agg="seq_mean"):
-    """Global entropy bonus (entropy_coef > 0) or penalty (< 0), the paper's two heuristics. Against GRPO: - coef * H.
+def entropy(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp=None,
+            clip_low=0.2, clip_high=0.2, beta=0.0, entropy_coef=1e-3, agg="seq_mean"):
+    """GRPO with a global entropy bonus (entropy_coef > 0) or penalty (< 0): token loss minus entropy_coef * H.
 
-    H is the exact entropy of each next-token distribution, at the sampling temperature. The form on whole answers is
-    diffsmooth(gamma_p=a, gamma_n=-a) for a bonus. A coefficient for one agg does not carry over to another.
+    Against GRPO: only that term, on correct and wrong answers alike. H is exact and of the tempered distribution. The form
+    that goes into the reward (-a log pi_old(y) for all answers) is diffsmooth with gamma_p = a, gamma_n = -a.
+    Traps: `entropy` must carry gradient, or the term is a constant; -logp of the samples is not H; a coefficient for one
+    agg does not carry over to another. Uniform over 4 tokens: H = 1.386294, so the loss falls by 0.001386.
     """
-    logp, old_logp, mask = _inputs(logp, old_logp, mask, rewards, group_size)
-    A = group_advantages(rewards, group_size)
-    return _clipped(logp, old_logp, mask, rewards, group_size, A, clip_low, clip_high, agg, beta, ref_logp, entropy,
-                    entropy_coef)
+    if entropy is None and entropy_coef:
+        raise ValueError("entropy_coef != 0 needs entropy, the (B, T) entropies of the next-token distributions.")
+    batch = _inputs(logp, old_logp, mask, rewards, group_size, entropy, ref_logp)
+    advantages = group_advantages(batch.rewards, group_size)                # (B,)
+    token_loss, cut = _surrogate(batch, advantages, clip_low, clip_high, beta)  # (B, T)
+    if entropy_coef:
+        token_loss = token_loss - entropy_coef * batch.entropy              # differs from GRPO here only
+    return _aggregate(token_loss, batch.mask, agg), _stats(batch, advantages, cut)
 
 
-# ---------------------------------------------------------------------------------------------- differential smoothing
+# -------------------------------------------------------------------------------------- the losses: against lost diversity
 
-def diffsmooth(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp=None, gamma_p=0.1, gamma_n=0.0,
-               reduction="sum", clip_low=0.2, clip_high=0.2, beta=0.0, agg="seq_mean"):
-    """DS-GRPO (2511.19942), Eq. (6) as printed. Against GRPO: after normalisation, -gamma_p log pi_old on correct answers
-    and +gamma_n log pi_old on wrong ones.
+def diffsmooth(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp=None,
+               clip_low=0.2, clip_high=0.2, beta=0.0, reduction="sum", gamma_p=0.1, gamma_n=0.0, agg="seq_mean"):
+    """DS-GRPO (arXiv 2511.19942, Eq. 6): smooth among the correct answers, sharpen among the wrong ones.
 
-    log pi <= 0: every correct answer is raised, the RARE ones most; every wrong one lowered, the RARE ones most. It acts
-    in groups of equal rewards too, and group sums are not 0. Ablations: gamma_n = 0 (Positive), gamma_p = 0 (Negative).
-    S = -10, -20, -10, -20, r = 1, 1, 0, 0, gammas .03, .01: A = 1.3, 1.6, -1.1, -1.2.
-    reduction: "sum" takes log pi of the answer (the paper; .03 / .01 for a 3B model), "mean" its mean over tokens. A gamma
-    does not carry over from one to the other: they differ by the length. Watch stats["ds_ratio"], well below 1.
+        A_i - gamma_p log pi_old(y_i|x)  if r_i == 1,    A_i + gamma_n log pi_old(y_i|x)  otherwise
+
+    Against GRPO: that term, added after normalisation. log pi <= 0: correct answers rise, the RARE ones most; wrong ones
+    fall, the RARE ones most. gamma_n = 0 is DS-GRPO-Positive, gamma_p = 0 DS-GRPO-Negative, both 0 GRPO.
+    It acts in groups of equal rewards too, and group sums of A are not 0. reduction "sum" is Eq. 6 as printed; the authors'
+    code took the mean a token: a gamma never carries over, they differ by the length. As reported, Countdown with a 3B model:
+    gamma_p 0.03, gamma_n 0.01. Traps: either sign; the term silently 0; adding it before normalisation; logp for old_logp.
+    S = (-10, -20, -10, -20), r = (1, 1, 0, 0), gammas 0.03, 0.01: A = 1.299998, 1.599998, -1.099998, -1.199998.
     """
-    logp, old_logp, mask = _inputs(logp, old_logp, mask, rewards, group_size)
-    A = group_advantages(rewards, group_size)                                   # Eq. (5)
-    term = _smoothing(old_logp, mask, rewards, gamma_p, gamma_n, reduction)     # Eq. (6), differs from GRPO here only
-    ds_ratio = term.abs().mean() / A.abs().mean().clamp(min=EPS)
-    return _clipped(logp, old_logp, mask, rewards, group_size, A + term, clip_low, clip_high, agg, beta, ref_logp, entropy,
-                    ds_ratio=ds_ratio)
+    batch = _inputs(logp, old_logp, mask, rewards, group_size, entropy, ref_logp, highest=1)
+    log_pi = _sequence_logp(batch, reduction)          # (B,)
+    term = torch.where(batch.rewards == 1, -gamma_p * log_pi, gamma_n * log_pi)
+    advantages = group_advantages(batch.rewards, group_size) + term         # Eq. (6), differs from GRPO here only
+    token_loss, cut = _surrogate(batch, advantages, clip_low, clip_high, beta)  # (B, T)
+    ds_ratio = term.abs().mean() / advantages.abs().mean().clamp(min=EPS)
+    return _aggregate(token_loss, batch.mask, agg), _stats(batch, advantages, cut, ds_ratio=ds_ratio)
 
 
-def diffsmooth_reward(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp=None, gamma_p=0.1, gamma_n=0.0,
-                      reduction="sum", clip_low=0.2, clip_high=0.2, beta=0.0, agg="token_mean"):
-    """Differential smoothing in the reward (2511.19942, Eq. (4) with pi_old), as in the last version of the authors' code.
-    Against diffsmooth: the term enters before the group mean is subtracted, and nothing is divided by the std.
+def diffsmooth_reward(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp=None,
+                      clip_low=0.2, clip_high=0.2, beta=0.0, reduction="sum", gamma_p=0.1, gamma_n=0.0,
+                      agg="token_mean"):
+    """Differential smoothing of the reward (arXiv 2511.19942, Eq. 4 with pi_old for pi_base), as in the authors' last code.
 
-    Group sums of A are 0. An all-correct group is a pure ranking: rare answers up, likely ones DOWN. With gamma_n > 0 an
-    all-wrong group pushes its likely wrong answers UP. With both gammas 0 this is dr_grpo up to a constant factor.
-    S = -10, -20, -10, -20, r = 1, 1, 0, 0, gammas .03, .01: A = .65, .95, -.75, -.85.
+    Against diffsmooth: the term enters the reward before the group mean is taken off, and nothing is divided by the std. With
+    gammas 0 it is dr_grpo up to a constant factor. Group sums of A are 0: an all-correct group pushes its likely answers
+    DOWN; an all-wrong group pushes its likely answers UP, so gamma_n sharpens where the policy knows nothing yet.
+    S = (-10, -20, -10, -20), r = (1, 1, 0, 0), gammas 0.03, 0.01: A = 0.65, 0.95, -0.75, -0.85.
     """
-    logp, old_logp, mask = _inputs(logp, old_logp, mask, rewards, group_size)
-    term = _smoothing(old_logp, mask, rewards, gamma_p, gamma_n, reduction)
-    r = (rewards + term).view(-1, group_size)                                   # Eq. (4)
-    A = (r - r.mean(1, keepdim=True)).flatten()
-    plain = rewards.view(-1, group_size)
-    ds_ratio = term.abs().mean() / (plain - plain.mean(1, keepdim=True)).abs().mean().clamp(min=EPS)
-    return _clipped(logp, old_logp, mask, rewards, group_size, A, clip_low, clip_high, agg, beta, ref_logp, entropy,
-                    ds_ratio=ds_ratio)
+    batch = _inputs(logp, old_logp, mask, rewards, group_size, entropy, ref_logp, highest=1)
+    log_pi = _sequence_logp(batch, reduction)          # (B,)
+    term = torch.where(batch.rewards == 1, -gamma_p * log_pi, gamma_n * log_pi)  # Eq. (4)
+    term, r = _groups(term, group_size), _groups(batch.rewards, group_size)  # (B/G, G)
+    advantages = (r + term - (r + term).mean(1, keepdim=True)).flatten()    # differs from GRPO here only
+    token_loss, cut = _surrogate(batch, advantages, clip_low, clip_high, beta)  # (B, T)
+    ds_ratio = (term - term.mean(1, keepdim=True)).abs().mean() / advantages.abs().mean().clamp(min=EPS)
+    return _aggregate(token_loss, batch.mask, agg), _stats(batch, advantages, cut, ds_ratio=ds_ratio)
 
 
-def _smoothing(old_logp, mask, rewards, gamma_p, gamma_n, reduction):
-    """(B,): -gamma_p log pi_old(y) on correct answers, +gamma_n log pi_old(y) on the rest; a constant."""
-    if reduction not in ("sum", "mean"):
-        raise ValueError(f"unknown reduction '{reduction}'; these exist: sum, mean.")
-    L = _length_mean(old_logp, mask)[reduction == "mean"]
-    return torch.where(_correct(rewards), -gamma_p * L, gamma_n * L)
+def unlikeliness(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp=None,
+                 clip_low=0.2, clip_high=0.2, beta=0.0, rank_coef=0.25, agg="seq_mean"):
+    """Unlikeliness reward (arXiv 2506.02355): r_i (1 - rank_coef rank_i / G), then normalised as in GRPO.
 
-
-# ------------------------------------------------------------------------------- other advantages on GRPO's surrogate
-
-def unlikeliness(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp=None, rank_coef=0.25, clip_low=0.2,
-                 clip_high=0.2, beta=0.0, agg="seq_mean"):
-    """Unlikeliness reward (2506.02355). Against GRPO: a correct answer's reward shrinks with its likelihood rank.
-
-    Ranks by M over the whole group, 0 = least likely; r' = r (1 - rank_coef * rank / G). r = 1, 1, 0, 0 with M = -.1, -.5,
-    -.3, -.9: r' = .8125, .9375, 0, 0. Trap, kept: in an all-correct group the std cancels rank_coef, so A is a full-size
-    ranking.
+    Against GRPO: a correct answer earns less the likelier it is. rank_i is its place by mean old_logp a token among ALL answers of
+    the group, 0 = least likely, ties in row order. rank_coef 0 is GRPO; the paper calls it beta.
+    Trap: in an all-correct group the std cancels rank_coef, and A is a full-size ranking of noise (+-1.53 for G = 8).
+    M = (-0.1, -0.5, -0.3, -0.9), r = (1, 1, 0, 0): ranks 3, 1, 2, 0; A = 0.852801, 1.137068, -0.994934, -0.994934.
     """
-    logp, old_logp, mask = _inputs(logp, old_logp, mask, rewards, group_size)
-    M = _length_mean(old_logp, mask)[1].view(-1, group_size)
-    rank = M.argsort(dim=1, stable=True).argsort(dim=1).flatten()                     # (B,)
-    A = group_advantages(rewards * (1 - rank_coef * rank / group_size), group_size)  # differs from GRPO here only
-    return _clipped(logp, old_logp, mask, rewards, group_size, A, clip_low, clip_high, agg, beta, ref_logp, entropy)
+    batch = _inputs(logp, old_logp, mask, rewards, group_size, entropy, ref_logp, lowest=0)
+    likelihood = _groups(_sequence_logp(batch, "mean"), group_size)         # (B/G, G)
+    rank = likelihood.argsort(dim=1, stable=True).argsort(dim=1).flatten()  # (B,)
+    r = batch.rewards * (1 - rank_coef * rank / group_size)                 # differs from GRPO here only
+    advantages = group_advantages(r, group_size)       # (B,)
+    token_loss, cut = _surrogate(batch, advantages, clip_low, clip_high, beta)  # (B, T)
+    return _aggregate(token_loss, batch.mask, agg), _stats(batch, advantages, cut)
 
 
-def passk(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp=None, k=4, clip_low=0.2, clip_high=0.2,
-          beta=0.0, agg="seq_mean"):
-    """Pass@k training, analytic (2508.10751); the paper's GR-PKPO baseline. Against GRPO: the advantage of the average
-    k-subset that holds the answer, with pass@k as the subset's reward.
+def passk(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp=None,
+          clip_low=0.2, clip_high=0.2, beta=0.0, k=4, agg="seq_mean"):
+    """Pass@k training (arXiv 2508.10751, analytic form); the GR-PKPO baseline of the differential smoothing paper.
 
-    k = 1 is grpo. G 4, k 2: c = 2 gives +-.447; c = 1 gives 1, -1/3. Nothing to learn once G - c < k.
+    Against GRPO: A is the mean, over all k-subsets that contain the answer, of the subset's normalised best reward. k = 1 is GRPO.
+    R = 1 - C(G-c, k)/C(G, k) is pass@k of a group with c correct answers.
+    Edges: nothing is learnt from c = 0, nor once fewer than k answers are wrong. Only rewards == 1 count as correct.
+    G = 4, k = 2: c = 2 gives +-0.447212; c = 1 gives 0.999998, -0.333333.
     """
-    logp, old_logp, mask = _inputs(logp, old_logp, mask, rewards, group_size)
-    right, c = _counts(rewards, group_size, k)
-    R = [1 - _choose(group_size - i, k) / _choose(group_size, k) for i in range(group_size + 1)]   # pass@k of c = i
-    s = [math.sqrt(x * (1 - x)) + EPS for x in R]
-    up = [(1 - R[i]) / s[i] for i in range(group_size + 1)]
-    down = [(1 - R[i] - _choose(group_size - i - 1, k - 1) / _choose(group_size - 1, k - 1)) / s[i]
-            for i in range(group_size + 1)]
-    up[0] = down[0] = 0.0                                                       # nothing correct, nothing to compare
-    A = torch.where(right, rewards.new_tensor(up)[c], rewards.new_tensor(down)[c])
-    return _clipped(logp, old_logp, mask, rewards, group_size, A, clip_low, clip_high, agg, beta, ref_logp, entropy)
+    _check_k(k, group_size)
+    batch = _inputs(logp, old_logp, mask, rewards, group_size, entropy, ref_logp, highest=1)
+    G, C, counts = group_size, math.comb, range(group_size + 1)
+    fail = [C(G - c, k) / C(G, k) for c in counts]     # 1 - R: a subset holds no correct answer
+    fail_with_wrong = [C(max(G - c - 1, 0), k - 1) / C(G - 1, k - 1) for c in counts]  # given one wrong member
+    std = [math.sqrt(f * (1 - f)) + EPS for f in fail]
+    right = _by_count(batch, [f / s for f, s in zip(fail, std)])            # (B,)
+    wrong = _by_count(batch, [(f - w) / s for f, w, s in zip(fail, fail_with_wrong, std)])
+    advantages = torch.where(batch.rewards == 1, right, wrong)              # differs from GRPO here only
+    token_loss, cut = _surrogate(batch, advantages, clip_low, clip_high, beta)  # (B, T)
+    return _aggregate(token_loss, batch.mask, agg), _stats(batch, advantages, cut)
 
 
-def pkpo(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp=None, k=4, clip_low=0.2, clip_high=0.2,
-         beta=0.0, agg="seq_mean"):
-    """PKPO, sloo-minus-one (2505.15201). Against GRPO: an unbiased gradient of pass@k; correct answers only, weighted the
-    more the fewer others are correct; no std, no baseline beyond it.
+def pkpo(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp=None,
+         clip_low=0.2, clip_high=0.2, beta=0.0, k=4, agg="seq_mean"):
+    """PKPO (arXiv 2505.15201, sloo-minus-one): an unbiased gradient of pass@k.
 
-    A = k C(G-c, k-1) / C(G-1, k-1) if correct, else 0 (the paper sums over a group, we average over rows: hence G times).
-    G 4, k 2: c = 2 gives 4/3, c = 1 gives 2. k = 1 is A = r.
+        A = k C(G-c, k-1) / C(G-1, k-1)  if correct, 0 otherwise
+
+    Against GRPO: no std, wrong answers weigh nothing, correct ones more when few others are. The paper sums s_i over the
+    group, here rows are averaged, hence A = G s_i. k = 1: A = r. Unbiased for one-token answers, or with agg="seq_sum".
+    Traps: losing the factor G; a std afterwards; one more leave-one-out baseline, which biases it.
+    G = 4, k = 2: c = 2 gives 4/3, c = 1 gives 2.
     """
-    logp, old_logp, mask = _inputs(logp, old_logp, mask, rewards, group_size)
-    right, c = _counts(rewards, group_size, k)
-    weight = [k * _choose(group_size - i, k - 1) / _choose(group_size - 1, k - 1) for i in range(group_size + 1)]
-    A = torch.where(right, rewards.new_tensor(weight)[c], 0.0)
-    return _clipped(logp, old_logp, mask, rewards, group_size, A, clip_low, clip_high, agg, beta, ref_logp, entropy)
+    _check_k(k, group_size)
+    batch = _inputs(logp, old_logp, mask, rewards, group_size, entropy, ref_logp, highest=1)
+    G, C = group_size, math.comb
+    right = _by_count(batch, [k * C(G - c, k - 1) / C(G - 1, k - 1) for c in range(G + 1)])  # (B,)
+    advantages = torch.where(batch.rewards == 1, right, 0)                  # differs from GRPO here only
+    token_loss, cut = _surrogate(batch, advantages, clip_low, clip_high, beta)  # (B, T)
+    return _aggregate(token_loss, batch.mask, agg), _stats(batch, advantages, cut)
 
 
-def _counts(rewards, group_size, k):
-    """Which answers are correct (B,), and how many are in each one's group (B,)."""
-    if not 1 <= k <= group_size:
-        raise ValueError(f"k must lie between 1 and the group size {group_size}, not {k}.")
-    right = _correct(rewards)
-    return right, right.view(-1, group_size).sum(1).repeat_interleave(group_size)
+def w_reinforce(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp=None,
+                clip_low=0.2, clip_high=0.2, beta=0.0, w_pos=0.1, w_neg=1.0, agg="seq_mean"):
+    """W-REINFORCE (arXiv 2506.01347): +w_pos for correct, -w_neg for wrong answers. (1, 0) is PSR, (0, 1) NSR.
 
-
-def _choose(a, b):
-    return math.comb(a, b) if 0 <= b <= a else 0
-
-
-def w_reinforce(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp=None, w_pos=0.1, w_neg=1.0,
-                clip_low=0.2, clip_high=0.2, beta=0.0, agg="seq_mean"):
-    """Weighted REINFORCE (2506.01347). Against GRPO: A = +w_pos if correct, -w_neg otherwise; no baseline, no std.
-
-    (1, 0) is positive, (0, 1) negative reinforcement alone; the authors drop rows of weight 0, here they stay in the
-    denominators. It is reinforce with baseline w_neg / (w_pos + w_neg), scaled. Trap: NSR lowers without bound.
+    Against GRPO: no baseline and no std. It is reinforce with the constant baseline w_neg / (w_pos + w_neg), times
+    (w_pos + w_neg). The authors drop rows of weight zero, here they stay in the denominator.
+    Trap: NSR lowers probabilities without bound. Whatever the group, A = 0.1 or -1.
     """
-    logp, old_logp, mask = _inputs(logp, old_logp, mask, rewards, group_size)
-    A = torch.where(_correct(rewards), w_pos, -w_neg).to(logp.dtype)
-    return _clipped(logp, old_logp, mask, rewards, group_size, A, clip_low, clip_high, agg, beta, ref_logp, entropy)
+    batch = _inputs(logp, old_logp, mask, rewards, group_size, entropy, ref_logp, highest=1)
+    correct = (batch.rewards == 1).to(batch.logp)      # (B,) 1 or 0
+    advantages = w_pos * correct - w_neg * (1 - correct)                    # differs from GRPO here only
+    token_loss, cut = _surrogate(batch, advantages, clip_low, clip_high, beta)  # (B, T)
+    return _aggregate(token_loss, batch.mask, agg), _stats(batch, advantages, cut)
 
 
-def maxrl(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp=None, clip_low=0.2, clip_high=0.2, beta=0.0,
-          agg="seq_mean"):
-    """MaxRL (2602.02710). Against GRPO: divided by the mean instead of the std: follows sum_{j<G} pass@j / j.
+def maxrl(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp=None,
+          clip_low=0.2, clip_high=0.2, beta=0.0, agg="seq_mean"):
+    """MaxRL (arXiv 2602.02710): A = (r - mean) / mean, a step from mean reward towards maximum likelihood.
 
-    1, 0, 0, 0 gives 3, -1, -1, -1. A = 0 where nothing, or everything, is right. Needs rewards >= 0.
+    Against GRPO: divide by the mean, not the std. The expected gradient is that of sum_j pass@j / j, j = 1..G-1, for one-token
+    answers or agg="seq_sum". Rewards must not be negative.
+    Traps: a single correct answer gets A = G-1; an all-wrong group stays at 0.
+    r = (1, 0, 0, 0): A = 2.999988, -0.999996.
     """
-    logp, old_logp, mask = _inputs(logp, old_logp, mask, rewards, group_size)
-    if (rewards < 0).any():
-        raise ValueError("maxrl divides by the mean reward, so rewards must not be negative.")
-    r = rewards.view(-1, group_size)
+    batch = _inputs(logp, old_logp, mask, rewards, group_size, entropy, ref_logp, lowest=0)
+    r = _groups(batch.rewards, group_size)             # (B/G, G)
     mean = r.mean(1, keepdim=True)
-    equal = r.amax(1, keepdim=True) == r.amin(1, keepdim=True)
-    A = torch.where(equal, 0.0, (r - mean) / (mean + EPS)).flatten()            # differs from GRPO here only
-    return _clipped(logp, old_logp, mask, rewards, group_size, A, clip_low, clip_high, agg, beta, ref_logp, entropy)
+    advantages = ((r - mean) / (mean + EPS)).flatten()                      # differs from GRPO here only
+    token_loss, cut = _surrogate(batch, advantages, clip_low, clip_high, beta)  # (B, T)
+    return _aggregate(token_loss, batch.mask, agg), _stats(batch, advantages, cut)
 
 
-def ucpo(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp=None, tau=0.2, clip_low=0.2, clip_high=0.2,
-         beta=0.0, agg="seq_mean"):
-    """UCPO (2605.00365). Against GRPO: a group's positive advantage is redistributed among its correct answers, towards
-    the unlikely ones; the total and the wrong answers stay.
+def ucpo(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp=None,
+         clip_low=0.2, clip_high=0.2, beta=0.0, tau=0.2, agg="seq_mean"):
+    """UCPO (arXiv 2605.00365): share a group's positive advantage among its correct answers, more to the unlikely.
 
-    Correct A times (1 - tau) + tau c (1/q_i) / sum_j (1/q_j), q = softmax of M over the correct. M = -.1, -.5: factors
-    .960525, 1.039475. Trap: length means make q nearly uniform, so the effect is small.
+    Against GRPO: A of the c correct answers is multiplied by (1-tau) + tau c (1/q_i) / sum_j (1/q_j), with q the softmax of
+    their mean old_logp a token; the group's total stays. tau 0 is GRPO, and so is c <= 1.
+    Trap: means a token lie close together, so q is almost uniform and the effect small.
+    M = (-0.1, -0.5) of two correct answers: factors 0.960525, 1.039475.
     """
-    logp, old_logp, mask = _inputs(logp, old_logp, mask, rewards, group_size)
-    right = _correct(rewards).view(-1, group_size)                              # (prompts, G)
-    M = _length_mean(old_logp, mask)[1].view(-1, group_size)
-    q = torch.where(right, M, -1e9).softmax(1).clamp(min=1e-6)
-    inverse = torch.where(right, 1 / q, 0.0)
-    share = right.sum(1, keepdim=True) * inverse / inverse.sum(1, keepdim=True).clamp(min=EPS)
-    factor = torch.where(right, (1 - tau) + tau * share, 1.0).flatten()
-    A = group_advantages(rewards, group_size) * factor                          # differs from GRPO here only
-    return _clipped(logp, old_logp, mask, rewards, group_size, A, clip_low, clip_high, agg, beta, ref_logp, entropy)
+    batch = _inputs(logp, old_logp, mask, rewards, group_size, entropy, ref_logp, highest=1)
+    correct = _groups(batch.rewards == 1, group_size)  # (B/G, G)
+    likelihood = _groups(_sequence_logp(batch, "mean"), group_size)
+    q = torch.where(correct, likelihood, -1e9).softmax(1).clamp(min=1e-6)   # over the correct
+    rarity = torch.where(correct, 1 / q, 0)
+    share = correct.sum(1, keepdim=True) * rarity / rarity.sum(1, keepdim=True).clamp(min=1)
+    factor = torch.where(correct, 1 - tau + tau * share, 1).flatten()       # (B,)
+    advantages = group_advantages(batch.rewards, group_size) * factor       # differs from GRPO here only
+    token_loss, cut = _surrogate(batch, advantages, clip_low, clip_high, beta)  # (B, T)
+    return _aggregate(token_loss, batch.mask, agg), _stats(batch, advantages, cut)
 
 
-def focal(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp=None, focal_gamma=0.5, clip_low=0.2,
-          clip_high=0.2, beta=0.0, agg="seq_mean"):
-    """F-GRPO (2602.06717). Against GRPO: one factor a group, (1 - c/G)^focal_gamma: easy prompts weigh less.
+def focal(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp=None,
+          clip_low=0.2, clip_high=0.2, beta=0.0, focal_gamma=0.5, agg="seq_mean"):
+    """F-GRPO (arXiv 2602.06717): A = (1 - c/G)^focal_gamma A_grpo, so that prompts already solved count less.
 
-    G 4: c = 2 gives +-.7071, c = 1 gives 1.5, -.5. Mean |A| falls by a third, so compare with a lower-lr grpo.
+    Against GRPO: one factor a group. focal_gamma 0 is GRPO. Trap: it also lowers mean |A| (by a third at 0.5 over uniform
+    accuracies), so compare with a GRPO of smaller learning rate.
+    r = (1, 1, 0, 0): +-0.707105; (1, 0, 0, 0): 1.499997, -0.499999.
     """
-    logp, old_logp, mask = _inputs(logp, old_logp, mask, rewards, group_size)
-    accuracy = _correct(rewards).view(-1, group_size).to(logp.dtype).mean(1).repeat_interleave(group_size)
-    A = (1 - accuracy) ** focal_gamma * group_advantages(rewards, group_size)   # differs from GRPO here only
-    return _clipped(logp, old_logp, mask, rewards, group_size, A, clip_low, clip_high, agg, beta, ref_logp, entropy)
+    if focal_gamma < 0:
+        raise ValueError(f"focal_gamma must not be negative, and is {focal_gamma}.")
+    batch = _inputs(logp, old_logp, mask, rewards, group_size, entropy, ref_logp, highest=1)
+    factor = _by_count(batch, [(1 - c / group_size) ** focal_gamma for c in range(group_size + 1)])  # (B,)
+    advantages = group_advantages(batch.rewards, group_size) * factor       # differs from GRPO here only
+    token_loss, cut = _surrogate(batch, advantages, clip_low, clip_high, beta)  # (B, T)
+    return _aggregate(token_loss, batch.mask, agg), _stats(batch, advantages, cut)
 
 
-# --------------------------------------------------------------------------------------------------------- supervised
+# ------------------------------------------------------------------------------------------------ the losses: imitation
 
 def sft(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp=None):
-    """Cross-entropy per token on the rows as they are; rewards and old_logp are not used. The stop token is a target.
+    """Cross-entropy: minus the mean of logp over all tokens. Looks at neither rewards, nor group_size, nor old_logp.
 
-    logp (-1, -2) and (-3): 2.0; a mean of row means would be 2.25. Equals rft where every reward is 1.
+    Against GRPO: no reward at all. For demonstrations, score logp at temperature 1; the stop token is a target.
+    logp (-1, -2) and (-3): 2.0; the mean of row means would be 2.25.
     """
-    logp, old_logp, mask = _inputs(logp, old_logp, mask, rewards, group_size)
-    return (_aggregate(-logp, mask, "token_mean"),
-            _stats(torch.ones_like(rewards), rewards, group_size, logp, old_logp, mask, entropy))
+    ones = logp.detach().new_ones(len(logp))           # (B,)
+    batch = _inputs(logp, logp, mask, ones, 1, entropy, ref_logp)
+    return _aggregate(-batch.logp, batch.mask, "token_mean"), _stats(batch, ones)
 
 
 def rft(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp=None):
-    """Rejection-sampling fine-tuning: sft on the correct rows alone, per token of those rows. None kept: loss 0.
+    """Rejection-sampling fine-tuning: cross-entropy on the answers with rewards == 1, over their tokens.
 
-    Removing duplicate answers needs token ids; do it outside, by zeroing a row of the mask.
+    Against GRPO: wrong answers are thrown away. With all rewards 1 it is sft. Nothing kept: loss 0, gradient 0.
+    Trap: kept duplicates speed up collapse; dropping them needs token ids, so zero their mask rows before.
+    logp (-1, -2) correct, (-3) wrong: 1.5.
     """
-    logp, old_logp, mask = _inputs(logp, old_logp, mask, rewards, group_size)
-    right = _correct(rewards)
-    return (_aggregate(-logp, mask & right[:, None], "token_mean"),
-            _stats(right.to(logp.dtype), rewards, group_size, logp, old_logp, mask, entropy,
-                   kept_frac=right.to(logp.dtype).mean()))
+    batch = _inputs(logp, old_logp, mask, rewards, group_size, entropy, ref_logp, highest=1)
+    kept = (batch.rewards == 1).to(batch.logp)         # (B,)
+    loss = _aggregate(-batch.logp, batch.mask & (batch.rewards == 1)[:, None], "token_mean")
+    return loss, _stats(batch, kept, kept_frac=kept.mean())

@@ -312,56 +312,74 @@ def load(name_or_path, device="cpu", dtype=torch.float32):
     code that comes with a checkpoint is run. ValueError, in one sentence, for a missing or damaged checkpoint, for an
     architecture that is not one of FAMILIES, and for weights that are missing or of another shape.
     """
-    from safetensors import SafetensorError, safe_open
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
     folder = Path(name_or_path)
     if not folder.is_dir():
         folder = download(str(name_or_path))
-    if not (folder / "config.json").is_file():
+    described, generation = folder / "config.json", folder / "generation_config.json"
+    if not described.is_file():
         raise ValueError(f"'{name_or_path}' is not a model folder: it has no config.json.")
-    try:
-        model_type = json.loads((folder / "config.json").read_text())["model_type"]
-        if model_type not in FAMILIES:
-            raise ValueError(f"model type '{model_type}' is not supported; these are: {', '.join(FAMILIES)}.")
-        config = AutoConfig.from_pretrained(folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (KeyError, OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"'{name_or_path}' has an unreadable config or tokenizer: {str(error).splitlines()[0]}")
+    model_type = read(described, lambda: json.loads(described.read_text())["model_type"])
+    if model_type not in FAMILIES:                     # before transformers has an opinion of its own
+        raise ValueError(f"model type '{model_type}' is not supported; these are: {', '.join(FAMILIES)}.")
+    config = read(described, lambda: AutoConfig.from_pretrained(folder, trust_remote_code=False))
+    if getattr(config, "quantization_config", None):
+        raise ValueError(f"'{name_or_path}' is quantised; only fp32, bf16 and fp16 weights can be trained here.")
+    tokenizer = read(f"the tokenizer in {folder}", lambda: AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
     with torch.device("meta"):
         policy = Policy(config)
-    wanted = policy.state_dict()
+    policy.load_state_dict(read_weights(folder, policy.state_dict(), device), assign=True)
+    policy.dtype = dtype
+    stops = set(policy.stop_ids) | ids_of(tokenizer.eos_token_id)
+    if generation.is_file():                           # chat models name their end-of-turn tokens here
+        stops |= ids_of(read(generation, lambda: GenerationConfig.from_pretrained(folder)).eos_token_id)
+    policy.stop_ids = sorted(stops)
+    if tokenizer.pad_token is None:                    # masks come from positions, so padding may be any token
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    return policy.to(device), tokenizer
+
+
+def read(what, reader):
+    """reader(), whose many kinds of error become one sentence that names `what`."""
+    try:
+        return reader()
+    except Exception as error:
+        first = str(error).partition("\n")[0].rstrip(" :.")
+        raise ValueError(f"{what} is missing or damaged ({type(error).__name__}: {first}).")
+
+
+def read_weights(folder, wanted, device):
+    """{name: fp32 tensor} for the names and shapes in `wanted`, from model.safetensors or from the files of its index."""
+    from safetensors import SafetensorError, safe_open
+    files, index = [folder / "model.safetensors"], folder / "model.safetensors.index.json"
+    if index.is_file() and not files[0].is_file():
+        names = read(index, lambda: set(json.loads(index.read_text())["weight_map"].values()))
+        files = sorted(folder / name for name in names)
     found = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"'{file}' is missing; weights in any other form than safetensors (.bin, .pth) are never read.")
         try:
             with safe_open(file, framework="pt", device=str(device)) as tensors:
-                for name in tensors.keys():
-                    if name in wanted:                 # a tied checkpoint may carry a copy of its head: left out
-                        found[name] = tensors.get_tensor(name).float()
+                for name in wanted.keys() & tensors.keys():    # a tied checkpoint may carry a copy of its head: left out
+                    found[name] = tensors.get_tensor(name).float()
         except SafetensorError as error:
             raise ValueError(f"'{file}' is damaged ({error}); copy or download it again.")
     for name, parameter in wanted.items():
         if name not in found:
-            raise ValueError(f"'{name_or_path}' lacks the weight '{name}'.")
+            raise ValueError(f"'{folder}' lacks the weight '{name}'.")
         if found[name].shape != parameter.shape:
-            raise ValueError(f"'{name_or_path}' has '{name}' of shape {tuple(found[name].shape)}, "
+            raise ValueError(f"'{folder}' has '{name}' of shape {tuple(found[name].shape)}, "
                              f"but its config asks for {tuple(parameter.shape)}.")
-    policy.load_state_dict(found, assign=True)
-    if tokenizer.pad_token is None:                    # masks come from positions, so padding may be any token
-        tokenizer.pad_token = tokenizer.eos_token
-    policy.inv_freq = inverse_frequencies(config).to(device)
-    policy.dtype = dtype
-    stops = set(policy.stop_ids) | ids_of(tokenizer.eos_token_id)
-    if (folder / "generation_config.json").is_file():  # chat models name their end-of-turn token here
-        stops |= ids_of(GenerationConfig.from_pretrained(folder).eos_token_id)
-    policy.stop_ids = sorted(stops)
-    return policy, tokenizer
+    return found
 
 
 def download(name):
     """Fetch a checkpoint from the hub; safetensors and json only."""
     from huggingface_hub import snapshot_download
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]))
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"],
+                                      ignore_patterns=["consolidated*"]))      # Mistral's second copy of the weights
     except Exception as error:                         # whatever the network or the hub says, told in one sentence
         raise ValueError(f"'{name}' is neither a folder here nor a model that the hub gives ({type(error).__name__}).")
 

@@ -8,7 +8,8 @@ policy into its correctness C, its conditional law q on the correct set and w on
     KL(pi || b) = KL(C || B) + C KL(q || b_correct) + (1 - C) KL(w || b_wrong),    B = C of the base policy.
 
 Three things are not as a first reading of the paper suggests. They are computed below, not smoothed over:
-- Theorem 3.4 with gamma_n >= 0 fails where entropy is strong and reward weak (test_6c); with gamma_n < 0 it always holds.
+- Theorem 3.4 with gamma_n >= 0 fails where entropy is strong and reward weak (test_6c); with gamma_n < 0 allowed
+  it always holds (test_6d).
 - At equal KL to the base an entropy PENALTY lowers C too: pi_van is the best policy at its KL (test_5b).
 - A problem with its own policy cannot lose Pass@k under the exact gradient; problems that SHARE a policy do (test_4b).
 
@@ -142,7 +143,7 @@ def test_1a_closed_forms():
 
     z = torch.zeros(3, n, K, dtype=torch.float64, requires_grad=True)
     ascent = torch.optim.SGD([z], lr=1, momentum=.9, nesterov=True, maximize=True)
-    for _ in range(4000):
+    for _ in range(2500):
         ascent.zero_grad()
         (objectives(z.softmax(-1)) / lam).sum().backward()  # J / lam: one step size fits every problem
         ascent.step()
@@ -294,7 +295,7 @@ def test_3b_wrong_trajectories_reversed():
 
 # --- 4. Sharpening in time ---
 
-def flow(b, r, gamma_p=0., gamma_n=0., stop=None, dt=1., steps=4000, watch=None):
+def flow(b, r, gamma_p=0., gamma_n=0., stop=None, dt=1., steps=2500, watch=None):
     """Exact policy-gradient flow dz = pi (A - E A) from b (RK4); A = r, with the DS term of Eq. 6 where gammas say so.
 
     r may be a MEAN over problems that share the policy: then A is the mean over problems of each one's r_DS.
@@ -354,7 +355,7 @@ def test_4a_flow_sharpens():
            f"sigma {diversity(b, r).mean():.2f}->{diversity(end, r).mean():.2f}")
 
 
-def shared(n=300, S=8, W=8, m=2, seed=41):
+def shared(n=200, S=8, W=8, m=2, seed=41):
     """S problems that share ONE policy over S strategies and W hopeless ones; strategy s solves problems s .. s+m-1.
 
     Returns b (n, S+W), the rate r (S+W,) of problems that each trajectory solves, and pass@k of a policy (n,).
@@ -371,18 +372,18 @@ def test_4b_pass_at_k_falls():
     """Claim: RL raises Pass@1 and lowers Pass@k for large k below the base model.
     Proof: not for a problem alone (4a). Let problems share a policy, as prompts share weights: the flow concentrates on
     one strategy, Pass@k tends to the share of problems which that one solves, and base Pass@k tends to 1 as k grows.
-    Numbers: 300 random bases, 8 problems, m = 2, flow up to 90 % of mass on useful strategies: Pass@1 up in all, sigma
+    Numbers: 200 random bases, 8 problems, m = 2, flow up to 90 % of mass on useful strategies: Pass@1 up in all, sigma
     down in all; Pass@64 below the base in nearly all (the table), not by theorem at a fixed k. In the limit of
-    long training (10^5 time units) it is below in all.
+    long training (time 50,000; 20 bases) it is below in all.
     """
     b, r, passk = shared()
     useful = (r > 0).astype(float)
     van = flow(b, r, stop=lambda pi: correctness(pi, useful) - .9)
-    late = flow(b[:50], r, dt=8, steps=12_500)
+    late = flow(b[:20], r, dt=10, steps=5000)
     assert (passk(van, 1) > passk(b, 1)).all() and (diversity(van, useful) < diversity(b, useful)).all()
-    fell, fell_late = passk(van, 64) < passk(b, 64), passk(late, 64) < passk(b[:50], 64)
+    fell, fell_late = passk(van, 64) < passk(b, 64), passk(late, 64) < passk(b[:20], 64)
     assert fell.mean() > .9 and fell_late.all(), f"Pass@64 fell in {fell.mean():.0%} ({fell_late.mean():.0%} late)"
-    record("4b  shared policy: Pass@1 up, Pass@64 below base", 300, f"{(~fell).sum()} of 300",
+    record("4b  shared policy: Pass@1 up, Pass@64 below base", 200, f"{(~fell).sum()} of 200",
            f"shown in {fell.mean():.0%} (late: all); Pass@1 {passk(b, 1).mean():.2f}->{passk(van, 1).mean():.2f}, "
            f"@16 {passk(b, 16).mean():.2f}->{passk(van, 16).mean():.2f}, "
            f"@64 {passk(b, 64).mean():.2f}->{passk(van, 64).mean():.2f}")
@@ -393,7 +394,7 @@ def test_4c_ds_ends_higher():
     Idea: vanilla's flow spends KL on sharpening q (4a) and wins nothing for it. The DS term keeps q near b, so the
     same KL to the base buys more C.
     Numbers: DS (gamma_p 0.3, gamma_n 0) stopped at the KL of vanilla's run of 4b. Not a theorem: the table gives the
-    share of 300 bases where C, and C and Pass@64 together, are higher. Adding gamma_n = 0.1 helps neither here
+    share of 200 bases where C, and C and Pass@64 together, are higher. Adding gamma_n = 0.1 helps neither here
     (a trajectory that fails on this problem is right on another): the last share. gamma_p alone IS enough.
     """
     b, r, passk = shared()
@@ -407,9 +408,10 @@ def test_4c_ds_ends_higher():
     assert (more_C & more_P).mean() > .95, f"DS is ahead in both in {(more_C & more_P).mean():.0%} only"
     assert passk(ds, 64).mean() > passk(both, 64).mean() and passk(ds, 1).mean() > passk(both, 1).mean()
     alone = (passk(both, 1) < passk(ds, 1)) & (passk(both, 64) < passk(ds, 64))
-    record("4c  DS at the same KL: C and Pass@64 higher", 300, f"{(~(more_C & more_P)).sum()} of 300",
-           f"shown in {(more_C & more_P).mean():.0%}: Pass@1 {passk(ds, 1).mean():.3f} (van {passk(van, 1).mean():.3f}), "
-           f"@16 {passk(ds, 16).mean():.2f}, @64 {passk(ds, 64).mean():.2f}; gamma_n .1 worse in {alone.mean():.0%}")
+    record("4c  DS at the same KL: C and Pass@64 higher", 200, f"{(~(more_C & more_P)).sum()} of 200",
+           f"shown in {(more_C & more_P).mean():.0%}: Pass@1 {passk(ds, 1).mean():.3f} "
+           f"(van {passk(van, 1).mean():.3f}), @16 {passk(ds, 16).mean():.2f}, @64 {passk(ds, 64).mean():.2f}; "
+           f"gamma_n .1 worse in {alone.mean():.0%}")
 
 
 # --- 5. Entropy bonus and penalty ---
@@ -488,12 +490,13 @@ def heuristic(m, B, a, k, wrong=32, rollouts=8, budget=.2):
 
 def test_5c_multiplicity_decides():
     """Claim: which of bonus and penalty helps Pass@k depends on solution multiplicity (bonus where it is high).
-    Proof: where no reward is heard, pi ∝ b^a and dlogit C/da = E_q log b - E_w log b = logit B - H(q) + H(w). So a bonus
-    raises C iff  e^{H(q)} / e^{H(w)} > B/(1-B):  iff the EFFECTIVE number of correct answers per wrong one exceeds the
-    base odds, i.e. single correct answers are rarer than single wrong ones. (Where reward is heard it just sets C.)
+    Proof: where no reward is heard, pi ∝ b^a and dlogit C/da = E_q log b - E_w log b = logit B - H(q) + H(w). So a
+    bonus raises C iff  e^{H(q)} / e^{H(w)} > B/(1-B):  iff the EFFECTIVE number of correct answers per wrong one exceeds
+    the base odds, i.e. single correct answers are rarer than single wrong ones. (Where reward is heard it just sets C.)
     Numbers: the derivative in 1,000 random problems. Then a family of tasks in two parameters, m correct answers of
     joint base mass B against 32 wrong ones, at EQUAL mean KL, gains against no entropy term: the B where the gain of
-    the bonus, and of the penalty, is zero, found numerically for each m and k = 1, 4, 16, is on the curve B/(1-B) = m/32.
+    the bonus, and of the penalty, is zero, found numerically for each m and k = 1, 4, 16, is on the curve
+    B/(1-B) = m/32: more correct answers than that at the same B, and the bonus helps; fewer, and the penalty does.
     At fixed B = 0.1 (so the switch is at m = 3.6) the table gives the gains at m = 1 and m = 16, in points of Pass@16.
     DS with gamma_n = 0 leaves deaf problems alone and b uniform on the correct set: it is the zero line of this family.
     """
@@ -516,7 +519,8 @@ def test_5c_multiplicity_decides():
             root = bisect(gain, lo, hi, steps=40)
             error, cases = max(error, np.abs(root / (1 - root) / odds - 1).max()), cases + 3
     assert error < 1e-5, f"the crossing is not at B/(1-B) = m/32: relative error {error:.1e}"
-    points = {(m, a): 100 * (heuristic(m, .1, a, 16) - heuristic(m, .1, 1., 16))[0] for m in (1, 16) for a in (.8, 1.25)}
+    points = {(m, a): 100 * (heuristic(m, .1, a, 16) - heuristic(m, .1, 1., 16))[0]
+              for m in (1, 16) for a in (.8, 1.25)}
     assert points[1, .8] < 0 < points[1, 1.25] and points[16, .8] > 0 > points[16, 1.25]
     record("5c  multiplicity decides: switch at B/(1-B) = m/32", cases, error,
            f"shown; Pass@16 at B .1, bonus/penalty: m=1 {points[1, .8]:+.1f}/{points[1, 1.25]:+.1f}, "
@@ -534,15 +538,15 @@ def entropy_draws(n, seed):
 
 
 def safe_inverse_beta(b, r, a, ent):
-    """1/beta_DS of the safe form. It equals 1/(beta+gamma) - log(sum_wrong b^a / sum_wrong b): reward minus flattening."""
+    """1/beta_DS of the safe form; equals 1/(beta+gamma) - log(sum_wrong b^a / sum_wrong b): reward minus flattening."""
     return logit(correctness(ent, r)) + np.log((b * (1 - r)).sum(-1)) - np.log((b**a * r).sum(-1))
 
 
 def test_6a_safe_form():
-    """Claim (safe form of Theorem 3.4): if  1/beta_DS = logit C_ent + log sum_wrong b - log sum_correct b^a  is > 0, then
-    pi_DS with that beta_DS, gamma_p = beta_DS (1 - a), gamma_n = 0 has the C and the sigma of pi_ent at less KL.
+    """Claim (safe form of Theorem 3.4): if  1/beta_DS = logit C_ent + log sum_wrong b - log sum_correct b^a  is > 0,
+    then pi_DS with that beta_DS, gamma_p = beta_DS (1 - a), gamma_n = 0 has the C and the sigma of pi_ent at less KL.
     Proof: gamma_p makes the exponent on the correct set a, so q is the same; 1/beta_DS makes C the same; on the wrong
-    set pi_DS keeps b, so in the split of KL only (1 - C) KL(w_ent || b_wrong) is saved: the price of flattening mistakes.
+    set pi_DS keeps b, so in the split of KL only (1 - C) KL(w_ent || b_wrong) is saved, the price of flattening mistakes.
     Against a penalty (gamma < 0) plain pi_van with the same C does it: larger sigma, less KL, if C_ent > B.
     Numbers: C, every probability on the correct set, and the saved KL to rounding, in every draw with the condition.
     """
@@ -558,7 +562,7 @@ def test_6a_safe_form():
                 np.abs(kl(ent, b) - kl(ds, b) - saved).max())
     assert error < 1e-12 and (saved > 0).all(), f"same C, same q, KL smaller by the stated amount: off by {error:.1e}"
     record("6a  Thm 3.4, safe form: same C, same sigma, less KL", ok.sum(), error,
-           f"shown where 1/beta_DS > 0 ({ok.mean():.0%} of draws); KL saved {(saved / kl(ent, b)).mean():.0%} on average")
+           f"shown where 1/beta_DS > 0 ({ok.mean():.0%} of draws); it saves {(saved / kl(ent, b)).mean():.0%} of the KL")
 
     b, r, rng = problems(5000, 8, seed=61)
     beta = np.exp(rng.uniform(np.log(.2), np.log(3), (5000, 1)))
@@ -594,11 +598,12 @@ def test_6b_spend_the_slack():
     error = np.abs(diversity(more, r) - diversity(ent, r)).max()
     assert error < 1e-12, "sigma must stay"
     record("6b  the slack buys C: same KL, same sigma, more C", ok.sum(), error,
-           f"shown; C {correctness(ent, r).mean():.3f}->{correctness(more, r).mean():.3f}, log odds +{np.median(gain):.1e} (median), +{gain.max():.2f} (largest)")
+           f"shown; C {correctness(ent, r).mean():.3f}->{correctness(more, r).mean():.3f}, "
+           f"log odds +{np.median(gain):.1e} (median), +{gain.max():.2f} (largest)")
 
 
 def test_6c_where_the_condition_fails():
-    """Claim: Theorem 3.4 as reported, for EVERY pi_ent, with Eq. 4 and gammas >= 0. It does NOT hold where 1/beta_DS <= 0.
+    """Claim: Theorem 3.4 as reported, for EVERY pi_ent, with Eq. 4 and gammas >= 0. NOT so where 1/beta_DS <= 0.
     Proof: Eq. 4 has u = 1/beta > 0 and exponents 1 - x on the correct, 1 + y on the wrong set. sigma >= sigma_ent needs
     x >= 1 - a; then C >= C0 = its value at the corner u = 0, x = 1 - a, y = 0, and C0 >= C_ent here: C comes for free,
     too much of it. From C0 on KL rises with C, with x and with y, so the family dominates iff KL(corner) < KL(pi_ent).
@@ -629,8 +634,8 @@ def test_6c_where_the_condition_fails():
 
 def test_6d_negative_gamma_n():
     """Claim: if gamma_n may be negative, Theorem 3.4 holds for every pi_ent, and strictly.
-    Proof: pi_ent IS pi_DS with beta_DS = beta + gamma, gamma_p = gamma, gamma_n = -gamma. Now raise gamma_n/beta_DS from
-    -(1 - a) towards 0 at fixed q and C: w moves to b_wrong, so KL falls, while 1/beta_DS only falls continuously from
+    Proof: pi_ent IS pi_DS with beta_DS = beta + gamma, gamma_p = gamma, gamma_n = -gamma. Now raise gamma_n/beta_DS
+    from -(1 - a) towards 0 at fixed q and C: w moves to b_wrong, so KL falls, while 1/beta_DS falls continuously from
     1/(beta+gamma) > 0. Stop when it has fallen by half, or at gamma_n = 0.
     Numbers: 5,000 draws of 6a, the condition of 6a ignored: same C and sigma to rounding, KL smaller in all.
     """
@@ -677,7 +682,8 @@ def objective_gradient(objective, z, r):
 
 def grpo_weight(p, G):
     """g(p) = E[std of a group] / (p (1-p)): what dividing by the std does to grad p. G -> inf: 1/sqrt(p(1-p))."""
-    return sum(math.comb(G, c) * p**c * (1 - p) ** (G - c) * math.sqrt(c / G * (1 - c / G)) for c in range(G + 1)) / (p * (1 - p))
+    std = lambda c: math.sqrt(c / G * (1 - c / G))
+    return sum(math.comb(G, c) * p**c * (1 - p) ** (G - c) * std(c) for c in range(G + 1)) / (p * (1 - p))
 
 
 def entropy_C(pi, r):
@@ -697,8 +703,8 @@ def test_7a_what_each_loss_follows():
     - reinforce, rloo: grad p.  dr_grpo: (G-1)/G grad p (the mean contains the answer itself), / max_len.
     - pkpo: grad pass@k.  maxrl: grad sum_{j<G} pass@j/j (eps 1e-6 in its denominator: error 1e-6, not rounding).
     - grpo: NOT grad p but g(p) grad p, g > 0: per problem the direction is right, the length is not.
-    - diffsmooth (Eq. 6): g(p) grad p + gamma_p grad(H_C + p) + gamma_n grad(p - H_W). The DS term itself is exact, as no
-      baseline touches it; but only the reward is divided by the std, so the weight of DS against reward is gamma/g(p).
+    - diffsmooth (Eq. 6): g(p) grad p + gamma_p grad(H_C + p) + gamma_n grad(p - H_W). The DS term itself is exact, as
+      no baseline touches it; but only the reward is divided by the std, so the weight of DS against reward is gamma/g(p).
     - diffsmooth_reward: (G-1)/G times the gradient of Eq. 4 at pi_base = pi_old = pi, exactly; no such distortion.
     Proof: E[-log pi(y) grad log pi(y); correct] = grad(H_C + p), the pi_old in it being constant. For grpo: given c
     correct, both conditional means of grad log pi are +-grad p / (their probability).
@@ -752,7 +758,7 @@ def test_7b_what_the_std_changes():
     error = max(abs(w / grpo_weight(p, G) - 1) for w, p in zip(weight["grpo"], ps))
     ratio = weight["grpo"][0] / weight["grpo"][1]
     assert exact < 1e-12, f"rloo must follow the mean success: off by {exact:.1e}"
-    assert error < 1e-5 and ratio > 1.3, f"grpo should weigh the hard problem 1.33 times, not {ratio:.3f}"
+    assert error < 1e-5 and ratio > 1.3, f"grpo must weigh problems by g(p): off by {error:.1e}, ratio {ratio:.2f}"
     assert abs(grpo_weight(.1, 1000) * math.sqrt(.09) - 1) < 3e-3, "g(p) should tend to 1/sqrt(p(1-p))"
     for p in (.05, .3, .9):
         assert abs(grpo_weight(p, 2) - 1) < 1e-12 and abs(grpo_weight(p, 3) - math.sqrt(2)) < 1e-12
@@ -761,27 +767,35 @@ def test_7b_what_the_std_changes():
 
 
 def test_7c_what_lengths_change():
-    """Claim: unbiasedness survives answers of different length in rloo, reinforce, dr_grpo; not where rows are divided by length.
-    Proof: grad log pi(y) is the SUM of the token gradients. seq_mean weighs each answer's by 1/length, so that short
-    answers count more; the weight is no constant unless lengths are equal. grpo is defined so; pkpo and maxrl share it.
-    Numbers: trajectories of 1, 2, 3, 5 tokens. The first three exact; for the others the largest angle (as 1 - cosine)
-    to what they follow when all answers have one token.
+    """Claim: losses that SUM the tokens of an answer stay unbiased when lengths differ; those that average them do not.
+    Proof: grad log pi(y) is the sum of the token gradients. seq_mean weighs each answer's by 1/length, so that short
+    answers count more, and no objective in p alone has that gradient. grpo is defined so; pkpo and maxrl share it here
+    by default, and with agg="seq_sum" they are what their papers prove.
+    Numbers: trajectories of 1, 2, 3, 5 tokens, all 4^3 groups. rloo, reinforce, dr_grpo and the two with seq_sum exact;
+    with seq_mean the worst cosine to what they follow otherwise. Without a baseline (pkpo) the length bias is largest:
+    all weights are positive, so between correct answers only the length decides.
     """
     G, lengths = 3, torch.tensor([1, 2, 3, 5])
-    exact, worst = 0., {}
+    objectives = {"rloo": ({}, lambda p: p), "reinforce": ({}, lambda p: p),
+                  "dr_grpo": ({"max_len": 1}, lambda p: (G - 1) / G * p),
+                  "pkpo": ({"k": 2, "agg": "seq_sum"}, lambda p: 1 - (1 - p) ** 2),
+                  "maxrl": ({"agg": "seq_sum"}, lambda p: p + (1 - (1 - p) ** 2) / 2)}
+    exact, worst = {}, {}
     for z, r in small_policies():
-        p = objective_gradient(lambda pi, p: p, z, r)
-        exact = max(exact, (expected_ascent("rloo", z, r, G, lengths) - p).abs().max().item(),
-                    (expected_ascent("reinforce", z, r, G, lengths) - p).abs().max().item(),
-                    (expected_ascent("dr_grpo", z, r, G, lengths, max_len=1) - (G - 1) / G * p).abs().max().item())
-        for name, hyper in (("grpo", {}), ("pkpo", {"k": 2}), ("maxrl", {})):
-            cos = torch.cosine_similarity(expected_ascent(name, z, r, G, lengths, **hyper), p, dim=0).item()
-            worst[name] = max(worst.get(name, 0), 1 - cos)
-    assert exact < 1e-12, f"rloo, reinforce, dr_grpo must not see the length: off by {exact:.1e}"
-    assert min(worst.values()) > 1e-3, "dividing rows by their length must be visible here"
-    record("7c  lengths 1,2,3,5: rloo, reinforce, dr_grpo", 6, exact, "shown: still unbiased")
-    record("7c' lengths 1,2,3,5: grpo, pkpo, maxrl (seq_mean)", 6, max(worst.values()),
-           "biased: worst cosine " + ", ".join(f"{n} {1 - w:.2f}" for n, w in worst.items()))
+        for name, (hyper, objective) in objectives.items():
+            want = objective_gradient(lambda pi, p: objective(p), z, r)
+            error = (expected_ascent(name, z, r, G, lengths, **hyper) - want).abs().max().item()
+            exact[name] = max(exact.get(name, 0), error)
+        for name, hyper in (("grpo", {}), ("pkpo", {"k": 2}), ("maxrl", {})):  # on one problem all three follow grad p
+            cos = torch.cosine_similarity(expected_ascent(name, z, r, G, lengths, **hyper), want, dim=0).item()
+            worst[name] = min(worst.get(name, 1), cos)
+    assert exact.pop("maxrl") < 1e-5, "maxrl with seq_sum must not see the length (eps 1e-6)"
+    assert max(exact.values()) < 1e-12, f"these must not see the length: {exact}"
+    assert max(worst.values()) < 1 - 1e-3, "dividing rows by their length must be visible here"
+    record("7c  lengths 1,2,3,5, tokens summed", 6, max(exact.values()),
+           "shown: rloo, reinforce, dr_grpo unbiased; pkpo, maxrl with agg=seq_sum")
+    record("7c' lengths 1,2,3,5, tokens averaged (seq_mean)", 6, f"cosine {min(worst.values()):.2f}",
+           "biased: worst cosine " + ", ".join(f"{n} {c:.2f}" for n, c in worst.items()))
 
 
 def main():
