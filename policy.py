@@ -384,8 +384,11 @@ def download(name):
         raise ValueError(f"'{name}' is neither a folder here nor a model that the hub gives ({type(error).__name__}).")
 
 
-def save(policy, tokenizer, path):
-    """Write a folder that `load` and transformers' Auto classes open; it appears whole or not at all."""
+def save(policy, tokenizer, path, weights=None):
+    """Write a folder that `load` and transformers' Auto classes open; it appears whole or not at all.
+
+    weights: {name: tensor} to write in place of the policy's own, where those are sharded over processes.
+    """
     from safetensors.torch import save_file
     from transformers import GenerationConfig
     path = Path(path)
@@ -398,7 +401,7 @@ def save(policy, tokenizer, path):
     stops = policy.stop_ids if len(policy.stop_ids) > 1 else policy.stop_ids[0] if policy.stop_ids else None
     GenerationConfig(eos_token_id=stops, pad_token_id=tokenizer.pad_token_id).save_pretrained(aside)
     tokenizer.save_pretrained(aside)
-    weights = {name: w.detach().contiguous() for name, w in policy.state_dict().items()}
+    weights = {name: w.detach().contiguous() for name, w in (weights or policy.state_dict()).items()}
     save_file(weights, aside / "model.safetensors", metadata={"format": "pt"})
     for file in aside.iterdir():
         with open(file, "rb") as written:

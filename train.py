@@ -277,7 +277,7 @@ def load_checkpoint(folder, policy, optimizer, rng, generator):
                 key: place(torch.zeros_like(w.data), state[key]) for key in ("exp_avg", "exp_avg_sq")}
         version, internal, gauss = json.loads(facts["rng"])
         rng.setstate((version, tuple(internal), gauss))
-        generator.set_state(tensors["generator"][rank()])
+        generator.set_state(tensors["generator"][rank()].clone())
         return int(facts["step"])
     raise ValueError(f"'{folder}' holds no usable checkpoint; start the run anew under another --name.")
 
@@ -348,7 +348,8 @@ def parse(argv):
         raise ValueError(f"unknown loss '{known.loss}'; these exist: {', '.join(variants())}.")
     own = parser.add_argument_group(f"of {known.loss}")
     for name, default in hyperparameters(known.loss).items():
-        own.add_argument(f"--{name}", type=type(default), default=default)
+        # dr_grpo divides by the generation budget, which is known once the task is
+        own.add_argument(f"--{name}", type=type(default), default=None if name == "max_len" else default)
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         raise ValueError(f"'{unknown[0]}' is not a flag, nor an option of loss {known.loss}, which has: "
@@ -383,6 +384,8 @@ def start_policy(args, device, dtype):
         return *policy_module.load(args.model, device, dtype), args.model
     base = Path(args.out) / args.base
     if not (base / "model").is_dir():
+        if world() > 1:
+            raise ValueError(f"'{base}' is not there yet: make it once in a single process, without torchrun.")
         policy, tokenizer = policy_module.tiny(seed=args.seed)
         task = make_task(args, tokenizer)
         warm_start(policy.to(device), tokenizer, task, args.warm_steps, seed=args.seed, say=tqdm.write)
@@ -402,6 +405,8 @@ def start_policy(args, device, dtype):
 def open_run(args):
     """Make or reopen runs/NAME and lock it -> (folder, lock). A folder that holds another run is never written to."""
     folder = Path(args.out) / args.name
+    if rank() > 0:                                     # the first process speaks for all
+        return folder, None
     flags = {key: value for key, value in vars(args).items() if key != "resume"}
     if (folder / "flags.json").is_file():
         if not args.resume:
@@ -415,11 +420,9 @@ def open_run(args):
         raise ValueError(f"there is no run to resume in '{folder}'.")
     elif folder.exists() and any(folder.iterdir()):
         raise ValueError(f"'{folder}' is not empty and holds no run: choose another --name.")
-    lock = None
-    if rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = lock_file(folder / "lock")
-        write_json(folder / "flags.json", flags)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = lock_file(folder / "lock")
+    write_json(folder / "flags.json", flags)
     return folder, lock
 
 
@@ -438,16 +441,17 @@ def lock_file(path):
 
 def run(argv=None):
     args = parse(argv)
+    if "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     device, dtype = pick_device(args.device)
     if "RANK" in os.environ:                           # started by torchrun
-        torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo")
-        if device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
         check(args)
-    print(f"{args.loss} on {args.task}, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}", flush=True)
+    if rank() == 0:
+        print(f"{args.loss} on {args.task}, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}", flush=True)
     policy, tokenizer, start = start_policy(args, device, dtype)
     task = make_task(args, tokenizer, held_out=0.0 if args.eval_data else 0.1)
-    if hasattr(args, "max_len"):                       # dr_grpo's constant is the generation budget
+    if getattr(args, "max_len", 0) is None:
         args.max_len = args.max_new_tokens
     folder, lock = open_run(args)
 
@@ -595,9 +599,7 @@ def save_model(policy, tokenizer, path):
     """The trained policy as a folder that transformers opens; sharded weights are gathered first."""
     state = {name: full(w.detach()) for name, w in policy.state_dict().items()}
     if rank() == 0:
-        whole = copy.copy(policy)
-        whole.state_dict = lambda: state
-        policy_module.save(whole, tokenizer, path)
+        policy_module.save(policy, tokenizer, path, state)
 
 
 def compare(start, folder, tokenizer, args, device, dtype):
