@@ -218,7 +218,9 @@ def collect(policy, tokenizer, task, args, rng, generator):
     for attempt in range(args.dynamic_sampling + 1):
         drawn = [task.problem(rng) for _ in range(args.prompts)][rank() * mine:(rank() + 1) * mine]
         prompts = [chat(tokenizer, task.system, task.prompt(problem), task.style) for problem in drawn]
-        rollout = sample(policy, tokenizer, prompts, G, args.max_new_tokens, args.temperature, generator)
+        at_once = max(1, args.rows // G)               # prompts in flight: their caches are what fills a GPU
+        rollout = join([sample(policy, tokenizer, prompts[i:i + at_once], G, args.max_new_tokens, args.temperature, generator)
+                        for i in range(0, mine, at_once)], tokenizer.pad_token_id)
         reward = torch.tensor([task.reward(drawn[row // G], text) for row, text in enumerate(rollout.texts)])
         accuracy = (reward == 1).view(mine, G).float().mean(1)                  # (prompts,)
         mixed = (accuracy > 0) & (accuracy < 1)
@@ -335,7 +337,7 @@ def parse(argv):
     flag("--warm-steps", type=int, default=600, help="warm start: steps of cross-entropy")
     flag("--eval-problems", type=int, default=256, help="held-out problems in the table at the end; 0: no table")
     flag("--eval-samples", type=int, default=64, help="answers to each of them")
-    flag("--rows", type=int, default=1024, help="answers in flight in that evaluation")
+    flag("--rows", type=int, default=1024, help="answers sampled at once: lower it when memory runs out")
     flag("--name", help="the run's folder is runs/NAME; default: the loss's name")
     flag("--out", default="runs", help="the folder of runs")
     flag("--resume", action="store_true", help="go on from the last checkpoint of runs/NAME")

@@ -253,7 +253,7 @@ class Scripted(Countdown):
 
 def test_dynamic_sampling_keeps_mixed_groups_and_is_bounded():
     policy, tokenizer = small()
-    flags = dict(group_size=G, prompts=3, max_new_tokens=4, temperature=1.0)
+    flags = dict(group_size=G, prompts=3, max_new_tokens=4, temperature=1.0, rows=5)    # rows: one prompt at a time
     for redraws, mixed in ((0, 1), (1, 2), (2, 3), (9, 3)):
         args = train.argparse.Namespace(**flags, dynamic_sampling=redraws)
         problems, rollout, rewards = train.collect(policy, tokenizer, Scripted(), args, random.Random(0),
