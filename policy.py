@@ -13,6 +13,7 @@ Letters: B rows, T new tokens, S tokens seen including the new ones, D width, V 
     hidden = policy(tokens, mask)                               # (B, T), (B, T) -> (B, T, D)
     logp, entropy = token_logprobs(hidden[:, :-1], policy.head, tokens[:, 1:])
 """
+import itertools
 import json
 import math
 import os
@@ -22,7 +23,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+
+try:                                                   # comes with a torch that was built for CUDA; nothing needs it
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
 
 FAMILIES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
             "mistral": "MistralForCausalLM", "ministral": "MinistralForCausalLM"}
@@ -271,36 +277,191 @@ def allowed(mask, T, S, window, device):
 
 # ------------------------------------------------------------------------------------------- log-probability of a token
 
-TILE_BYTES = 256 << 20                                 # largest (rows, V) piece that `token_logprobs` holds at a time
+# Per device: logits up to the first number of bytes are kept for the backward pass, larger ones are computed again. They
+# are made a tile at a time; a tile has the second number of bytes (a CPU's cache) and at least the third of rows.
+MEMORY = {"cpu": (256 << 20, 1 << 20, 512), "cuda": (4 << 30, 256 << 20, 8192)}
 
 
 def token_logprobs(hidden, weight, targets, temperature=1.0):
     """log pi(target) and the entropy of the whole next-token distribution, at the sampling temperature.
 
-    hidden (..., D); weight (V, D) fp32; targets (...) int64. Returns logp (...) and entropy (...), fp32, differentiable
-    in both. By definition
+    hidden (..., D); weight (V, D) fp32; targets (...) int64. Returns logp (...) and entropy (...), fp32 (float64 for
+    float64 hidden), differentiable in both. By definition
 
         logits = hidden @ weight.T / temperature
         logp, entropy = log_softmax(logits)[targets], -(softmax(logits) * log_softmax(logits)).sum(-1)
 
-    computed here in pieces of rows, each of at most TILE_BYTES of logits and computed again in the backward pass.
+    computed here tile by tile, so that the logits never take more memory than MEMORY allows.
     """
-    shape, rows = targets.shape, max(1, TILE_BYTES // (4 * weight.shape[0]))
-    hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-    pieces = list(zip(hidden.split(rows), targets.split(rows)))
-    if len(pieces) == 1 or not torch.is_grad_enabled():
-        results = [piece_logprobs(h, weight, t, temperature) for h, t in pieces]
+    shape, hidden, targets = targets.shape, hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    keep = torch.is_grad_enabled() and len(targets) * len(weight) * 4 <= memory(hidden.device)[0]
+    logp, entropy = TokenLogprobs.apply(hidden, weight, targets, temperature, keep)
+    return logp.view(shape), entropy.view(shape)
+
+
+class TokenLogprobs(torch.autograd.Function):
+    """The softmax's own gradient, written out. With P = softmax(x), H its entropy, g and e the upstream gradients:
+
+        d logp / d x = onehot(target) - P,    d H / d x = -P (log P + H),    dx = g onehot(target) - P (g + e (log P + H))
+        d hidden = dx W / temperature,        d weight = dx^T hidden / temperature
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature, keep):
+        h, w = operands(hidden, weight)                                         # (N, D), (V, D)
+        full = torch.promote_types(h.dtype, torch.float32)
+        lse = torch.full(targets.shape, torch.finfo(full).min, dtype=full, device=h.device)    # (N,) of no logits yet
+        chosen, entropy = torch.zeros_like(lse), torch.zeros_like(lse)
+        kept = []
+        for rows, part in tiles(len(h), len(w), h.device):
+            x = logits_of(h[rows], w[part], temperature)                        # (rows, part)
+            column, inside = column_in(part, targets[rows])
+            chosen[rows] = torch.where(inside, x.gather(1, column)[:, 0], chosen[rows])
+            # The parts of a distribution joined: weights from their lse, entropies by the chain rule.
+            more, more_entropy = fold(x)
+            total = torch.logaddexp(lse[rows], more)
+            a, b = total - lse[rows], total - more                              # -log of each part's share
+            entropy[rows] = (-a).exp() * (entropy[rows] + a) + (-b).exp() * (more_entropy + b)
+            lse[rows] = total
+            if keep:
+                kept.append(x)
+        ctx.save_for_backward(hidden, weight, targets, lse, entropy)
+        ctx.kept, ctx.temperature = kept, temperature
+        ctx.set_materialize_grads(False)               # an output that no loss uses then costs nothing
+        return chosen - lse, entropy
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g, e):
+        hidden, weight, targets, lse, entropy = ctx.saved_tensors
+        h, w = operands(hidden, weight)
+        dh = torch.zeros_like(h, dtype=lse.dtype) if ctx.needs_input_grad[0] else None
+        dw = torch.zeros_like(w, dtype=lse.dtype) if ctx.needs_input_grad[1] else None
+        g = torch.zeros_like(lse) if g is None else g
+        kept, ctx.kept = ctx.kept[::-1], []            # tiles are overwritten: a second backward computes them again
+        for rows, part in tiles(len(h), len(w), h.device):
+            x = kept.pop() if kept else logits_of(h[rows], w[part], ctx.temperature)
+            upstream = g[rows], None if e is None else e[rows]
+            dx = unfold(x, targets[rows], part, lse[rows], entropy[rows], *upstream, h.dtype)
+            if dh is not None:
+                add_product(dh[rows], dx, w[part], ctx.temperature)
+            if dw is not None:
+                add_product(dw[part], dx.T, h[rows], ctx.temperature)
+        return dh, dw, None, None, None                # autograd casts them to the dtypes of the inputs
+
+
+def memory(device):
+    return MEMORY["cuda" if device.type == "cuda" else "cpu"]
+
+
+def tiles(N, V, device):
+    """(N, V) cut into pieces (slice of rows, slice of the vocabulary), of whole rows where enough of them fit."""
+    _, size, least = memory(device)
+    rows = max(1, min(N, max(least, size // (4 * V))))
+    width = max(1, size // (4 * rows))
+    cut = lambda length, step: [slice(i, min(length, i + step)) for i in range(0, length, step)]
+    return itertools.product(cut(N, rows), cut(V, width))
+
+
+def operands(hidden, weight):
+    """What the matrix products read: bf16 as it comes on a GPU, at least fp32 elsewhere; `weight` in the same dtype."""
+    if hidden.device.type != "cuda":
+        hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+    return hidden, weight.to(hidden.dtype)
+
+
+def logits_of(h, w, temperature):
+    """h @ w.T / temperature; bf16 operands give fp32 logits: rounding them would shift every log-probability."""
+    if h.dtype in (torch.float32, torch.float64):
+        return torch.addmm(h.new_empty(1), h, w.T, beta=0, alpha=1 / temperature)
+    x = torch.mm(h, w.T, out_dtype=torch.float32)
+    return x if temperature == 1 else x.div_(temperature)
+
+
+def add_product(total, a, b, temperature):
+    """total += a @ b / temperature, in the precision of total."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b, alpha=1 / temperature)
     else:
-        results = [checkpoint(piece_logprobs, h, weight, t, temperature, use_reentrant=False) for h, t in pieces]
-    logp, entropy = (torch.cat(parts).view(shape) for parts in zip(*results))
-    return logp, entropy
+        total.add_(torch.mm(a, b, out_dtype=total.dtype), alpha=1 / temperature)
 
 
-def piece_logprobs(hidden, weight, targets, temperature):
-    logits = F.linear(hidden, weight.to(hidden.dtype)).float() / temperature    # (N, V); bf16 ends with the matmul
-    all_logp = logits.log_softmax(-1)
-    entropy = -(all_logp.exp() * all_logp).sum(-1)
-    return all_logp.gather(1, targets[:, None])[:, 0], entropy
+def column_in(part, targets):
+    """Each target's column in a slice of the vocabulary (rows, 1), column 0 where it lies outside; and if it is inside."""
+    inside = (targets >= part.start) & (targets < part.stop)
+    return torch.where(inside, targets - part.start, 0)[:, None], inside
+
+
+def fold(x):
+    """Log-sum-exp and entropy of each row of x (rows, part), which stays as it is."""
+    if triton and x.is_cuda and x.dtype == torch.float32:
+        return fold_on_gpu(x)
+    top = x.amax(1, keepdim=True)
+    below = x - top                                    # entropy from these: no difference of large numbers
+    p = below.exp()
+    total = p.sum(1)
+    return top[:, 0] + total.log(), total.log() - below.mul_(p).sum(1) / total
+
+
+def unfold(x, targets, part, lse, entropy, g, e, dtype):
+    """The gradient in the logits, g onehot - P (g + e (log P + H)), in `dtype`; written over x where it can be."""
+    if triton and x.is_cuda and x.dtype == torch.float32:
+        return unfold_on_gpu(x, targets - part.start, lse, entropy, g, e, dtype)
+    x.sub_(lse[:, None])                               # log P
+    if e is None:
+        x.exp_().mul_(-g[:, None])
+    else:
+        factor = x.add(entropy[:, None]).mul_(-e[:, None]).sub_(g[:, None])
+        x.exp_().mul_(factor)
+    column, inside = column_in(part, targets)
+    return x.scatter_add_(1, column, torch.where(inside, g, 0)[:, None]).to(dtype)
+
+
+# The same two on a GPU, one pass over the tile each. A row is one program (on grid x, which alone goes beyond 65,535),
+# row offsets are int64: 16,384 rows x 152k is over 2^31.
+if triton:
+    @triton.jit
+    def fold_kernel(x, lse, entropy, V, BLOCK: tl.constexpr):
+        row = tl.program_id(0).to(tl.int64)
+        top, total, mean = -1e30, 0.0, 0.0             # of x; sum of exp(x - top); sum of (x - top) exp(x - top)
+        for start in range(0, V, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            value = tl.load(x + row * V + column, column < V, -1e30)
+            higher = tl.maximum(top, tl.max(value, 0))
+            shrink = tl.exp(top - higher)
+            below = value - higher
+            p = tl.exp(below)
+            mean = (mean + total * (top - higher)) * shrink + tl.sum(below * p, 0)
+            total = total * shrink + tl.sum(p, 0)
+            top = higher
+        tl.store(lse + row, top + tl.log(total))
+        tl.store(entropy + row, tl.log(total) - mean / total)
+
+    @triton.jit
+    def unfold_kernel(x, dx, target, lse, entropy, g, e, V, ENTROPY: tl.constexpr, BLOCK: tl.constexpr):
+        row = tl.program_id(0).to(tl.int64)
+        column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        log_p = tl.load(x + row * V + column, column < V, 0.0) - tl.load(lse + row)
+        upstream = tl.load(g + row)
+        factor = upstream
+        if ENTROPY:
+            factor += tl.load(e + row) * (log_p + tl.load(entropy + row))
+        value = tl.where(column == tl.load(target + row), upstream, 0.0) - tl.exp(log_p) * factor
+        tl.store(dx + row * V + column, value.to(dx.dtype.element_ty), column < V)
+
+
+def fold_on_gpu(x):
+    lse, entropy = x.new_empty(2, len(x))
+    fold_kernel[(len(x),)](x, lse, entropy, x.shape[1], BLOCK=4096, num_warps=8)
+    return lse, entropy
+
+
+def unfold_on_gpu(x, target, lse, entropy, g, e, dtype):
+    dx = torch.empty_like(x, dtype=dtype)
+    grid = len(x), triton.cdiv(x.shape[1], 4096)
+    unfold_kernel[grid](x, dx, target, lse, entropy, g.contiguous(), (g if e is None else e).contiguous(), x.shape[1],
+                        ENTROPY=e is not None, BLOCK=4096, num_warps=8)
+    return dx
 
 
 # ---------------------------------------------------------------------------------------------------------- checkpoints

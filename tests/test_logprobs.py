@@ -1,0 +1,216 @@
+"""token_logprobs: the tiled softmax with its hand-written gradient, held to the two lines of its docstring.
+
+Bugs killed here: temperature left out of a gradient or applied twice, entropy of a tile taken for that of the row, target in
+another tile, last tile cut, -inf - -inf in the first tile, tiles overwritten and then read again, gradient of an unused
+output made up, bf16 logits, gradient rounded to bf16 on its way to fp32 weights, a kept (N, V) array beyond the budget.
+"""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import policy
+from policy import token_logprobs
+
+SHAPES = [(1, 3, 2), (1, 8, 97), (5, 7, 1), (37, 16, 101), (64, 5, 30), (130, 12, 1009), (3, 4, 24)]     # (N, D, V)
+
+
+def definition(hidden, weight, targets, temperature):
+    all_logp = (hidden @ weight.T / temperature).log_softmax(-1)
+    return all_logp.gather(1, targets[:, None])[:, 0], -(all_logp.exp() * all_logp).sum(-1)
+
+
+def inputs(N, D, V, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=dtype)
+    return (draw(N, D).requires_grad_(), (4 * D ** -0.5 * draw(V, D)).requires_grad_(),      # logits of size 4
+            torch.randint(V, (N,), generator=generator), draw(N), draw(N))
+
+
+def small_tiles(monkeypatch, keep, rows=16):
+    """Tiles of `rows` x `rows` entries, and room to keep all logits or none."""
+    monkeypatch.setitem(policy.MEMORY, "cpu", (1 << 30 if keep else 0, rows * rows * 4, rows))
+
+
+@pytest.mark.parametrize("tiles", ["one tile", "kept", "computed again"])
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
+@pytest.mark.parametrize("N, D, V", SHAPES)
+def test_definition_in_float64(N, D, V, temperature, tiles, monkeypatch):
+    """Values, and gradients of both outputs, alone and together."""
+    if tiles != "one tile":
+        small_tiles(monkeypatch, keep=tiles == "kept")
+    hidden, weight, targets, g, e = inputs(N, D, V)
+    ours, naive = token_logprobs(hidden, weight, targets, temperature), definition(hidden, weight, targets, temperature)
+    for a, b, what in zip(ours, naive, ("log-probability", "entropy")):
+        assert torch.allclose(a, b, rtol=1e-10, atol=1e-10), f"{what} off by {(a - b).abs().max():.1e}"
+    both = zip(ours, (g, e)), zip(naive, (g, e))
+    losses = [[(ours[0] * g).sum(), (naive[0] * g).sum()], [(ours[1] * e).sum(), (naive[1] * e).sum()],
+              [sum((x * y).sum() for x, y in pairs) for pairs in both]]
+    for (loss, reference), what in zip(losses, ("log-probability", "entropy", "both")):
+        for a, b, name in zip(torch.autograd.grad(loss, [hidden, weight], retain_graph=True),
+                              torch.autograd.grad(reference, [hidden, weight], retain_graph=True), ("hidden", "weight")):
+            assert torch.allclose(a, b, rtol=1e-9, atol=1e-9), f"d {what} / d {name} off by {(a - b).abs().max():.1e}"
+
+
+def test_gradcheck(monkeypatch):
+    small_tiles(monkeypatch, keep=False)
+    hidden, weight, targets, *_ = inputs(6, 3, 40)
+    assert torch.autograd.gradcheck(lambda h, w: token_logprobs(h, w, targets, 0.7), (hidden, weight))
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_fp32_against_float64(keep, monkeypatch):
+    small_tiles(monkeypatch, keep, rows=64)
+    hidden, weight, targets, g, _ = inputs(100, 64, 777)
+    exact = definition(hidden, weight, targets, 0.9)
+    exact_gradients = torch.autograd.grad((exact[0] * g).sum(), [hidden, weight])
+    h, w = (x.detach().float().requires_grad_() for x in (hidden, weight))
+    ours = token_logprobs(h, w, targets, 0.9)
+    gradients = torch.autograd.grad((ours[0] * g.float()).sum(), [h, w])
+    assert all(x.dtype == torch.float32 for x in ours)
+    for a, b in zip([*ours, *gradients], [*exact, *exact_gradients]):
+        assert torch.allclose(a.double(), b, rtol=1e-5, atol=1e-5), f"off by {(a - b).abs().max():.1e}"
+
+
+def test_large_and_peaked_logits():
+    """Logits of +-300 and a distribution on one token: finite, and an entropy near 0 that is not a rounding error."""
+    weight = torch.eye(4) * 300
+    hidden = torch.tensor([[1.0, 0, 0, 0], [-1, -1, -1, -1], [0.1, 0.08, 0, 0]], requires_grad=True)
+    targets = torch.tensor([0, 1, 1])
+    logp, entropy = token_logprobs(hidden, weight, targets)
+    exact = definition(hidden.double(), weight.double(), targets, 1.0)
+    assert torch.allclose(logp.double(), exact[0], atol=1e-5) and torch.allclose(entropy.double(), exact[1], atol=1e-6)
+    (logp + entropy).sum().backward()
+    assert hidden.grad.isfinite().all()
+
+
+def test_bf16_hidden_with_fp32_weight():
+    """Only the inputs are rounded: results are fp32, and the gradient reaches the fp32 weight unrounded."""
+    hidden, weight, targets, g, _ = inputs(50, 32, 301, torch.float32)
+    h = hidden.detach().bfloat16().requires_grad_()
+    logp, entropy = token_logprobs(h, weight, targets, 0.7)
+    exact = definition(h.double(), weight.double(), targets, 0.7)
+    assert logp.dtype == entropy.dtype == torch.float32
+    assert (logp - exact[0]).abs().max() < 2e-5, "the logits were rounded to bf16"
+    (logp * g).sum().backward()
+    wanted, = torch.autograd.grad((exact[0] * g).sum(), weight)
+    assert h.grad.dtype == torch.bfloat16 and weight.grad.dtype == torch.float32
+    assert torch.allclose(weight.grad, wanted, atol=1e-5), "the weight's gradient was rounded"
+
+
+def test_shape_and_no_token():
+    hidden, weight, targets, *_ = inputs(12, 4, 9)
+    flat, shaped = token_logprobs(hidden, weight, targets), token_logprobs(hidden.view(3, 4, 4), weight, targets.view(3, 4))
+    assert all(torch.equal(a.view(3, 4), b) and b.shape == (3, 4) for a, b in zip(flat, shaped))
+    logp, entropy = token_logprobs(hidden[:0], weight, targets[:0])
+    assert logp.shape == entropy.shape == (0,)
+    (logp.sum() + entropy.sum()).backward()
+    assert weight.grad.abs().sum() == 0
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_inputs_are_not_written_and_backward_repeats(keep, monkeypatch):
+    small_tiles(monkeypatch, keep)
+    hidden, weight, targets, g, e = inputs(40, 6, 50)
+    before = [x.clone() for x in (hidden, weight, targets, g, e)]
+    logp, entropy = token_logprobs(hidden, weight, targets, 1.3)
+    first, second = (torch.autograd.grad((logp, entropy), (hidden, weight), (g, e), retain_graph=True) for _ in range(2))
+    assert all(torch.allclose(a, b, rtol=1e-12) for a, b in zip(first, second)), "the second backward read used tiles"
+    assert all(torch.equal(a, b) for a, b in zip(before, (hidden, weight, targets, g, e)))
+
+
+class Counter(TorchDispatchMode):
+    """Counts matrix products, the largest array made, and the arrays of a wanted width that are alive at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.products, self.largest, self.alive = 0, 0, {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.products += function.overloadpacket in (torch.ops.aten.addmm, torch.ops.aten.addmm_, torch.ops.aten.mm)
+        if isinstance(out, torch.Tensor):
+            self.largest = max(self.largest, out.untyped_storage().nbytes())
+        return out
+
+
+def count(hidden, weight, targets, grad):
+    with Counter() as counter, torch.set_grad_enabled(grad):
+        logp, entropy = token_logprobs(hidden, weight, targets)
+        if grad:
+            logp.sum().backward()
+    return counter
+
+
+def test_only_the_needed_products():
+    """One tile: 1 product without gradient, 2 with a frozen head, 3 with all."""
+    hidden, weight, targets, *_ = inputs(20, 4, 30)
+    assert count(hidden, weight, targets, False).products == 1
+    assert count(hidden, weight.detach(), targets, True).products == 2
+    assert count(hidden.detach(), weight, targets, True).products == 2
+    assert count(hidden, weight, targets, True).products == 3
+
+
+def test_frozen_head_gets_no_gradient():
+    hidden, weight, targets, g, _ = inputs(20, 4, 30)
+    (token_logprobs(hidden, weight.detach(), targets)[0] * g).sum().backward()
+    wanted, = torch.autograd.grad((definition(hidden, weight, targets, 1.0)[0] * g).sum(), hidden)
+    assert weight.grad is None and torch.allclose(hidden.grad, wanted)
+
+
+PEAK = """
+import resource, torch, policy
+torch.set_num_threads(1)
+N, D, V = 4096, 8, 20011                               # the logits: 328 MB
+hidden, weight = torch.randn(N, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
+targets = torch.randint(V, (N,))
+policy.token_logprobs(hidden[:8], weight, targets[:8])[0].sum().backward()      # libraries loaded, threads started
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+logp, entropy = policy.token_logprobs(hidden, weight, targets)
+(logp + entropy).sum().backward()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+def test_memory_beyond_the_budget():
+    """Over the budget nothing of the size of the logits is ever held: a child process's peak shows it."""
+    hidden, weight, targets, *_ = inputs(4096, 2, 3001, torch.float32)
+    policy_bytes = policy.MEMORY["cpu"][1]
+    assert count(hidden, weight, targets, False).largest <= policy_bytes, "a tile is larger than stated"
+    if not sys.platform.startswith("linux"):
+        pytest.skip("ru_maxrss is counted in kilobytes on Linux only")
+    done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, cwd=Path(policy.__file__).parent)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 60, f"{done.stdout.strip()} MB more than before, where the logits have 328"
+
+
+TRITON = """
+import torch, policy
+torch.manual_seed(0)
+x, V, first = torch.randn(7, 9001) * 5, 9001, 300      # a tile that starts at entry 300 of the vocabulary
+target = torch.tensor([300, 9300, 5000, 299, 9301, 301, 4396])                  # two of them outside
+part, whole = slice(first, first + V), x.double()
+assert policy.triton, "triton is not there"
+lse, entropy = policy.fold_on_gpu(x)
+exact = torch.distributions.Categorical(logits=whole)
+assert torch.allclose(lse.double(), whole.logsumexp(1)), "lse"
+assert torch.allclose(entropy.double(), exact.entropy(), atol=1e-5), "entropy"
+g, e = torch.randn(2, 7)
+for upstream in (None, e):
+    for dtype in (torch.float32, torch.bfloat16):
+        ours = policy.unfold_on_gpu(x, target - first, lse, entropy, g, upstream, dtype)
+        plain = policy.unfold(x.clone(), target, part, lse, entropy, g, upstream, dtype)
+        assert ours.dtype == dtype and torch.allclose(ours, plain, atol=1e-6 if dtype == torch.float32 else 1e-2), "unfold"
+"""
+
+
+def test_triton_kernels_in_the_interpreter():
+    """The GPU's two kernels against the plain lines, run on the CPU by Triton's interpreter."""
+    pytest.importorskip("triton", reason="triton is not installed: it comes with a torch built for CUDA")
+    done = subprocess.run([sys.executable, "-c", TRITON], capture_output=True, text=True,
+                          cwd=Path(policy.__file__).parent, env=os.environ | {"TRITON_INTERPRET": "1"})
+    assert done.returncode == 0, done.stderr
