@@ -372,6 +372,8 @@ def check(args):
         need(getattr(args, name) >= 0, f"--{name.replace('_', '-')} must not be negative.")
     need(args.group_size >= 2, "--group-size must be at least 2: with one answer a group there is nothing to compare it with.")
     need(args.temperature > 0, "--temperature must be above 0: training scores what was sampled.")
+    need(args.model or args.task == "countdown" and args.prompt in (None, "bare"),
+         "the tiny policy knows digits and operators only: --task math and --prompt other than bare need --model.")
     need(args.lr > 0 and args.grad_clip > 0, "--lr and --grad-clip must be above 0.")
     need(args.prompts % args.updates == 0, f"--updates {args.updates} does not divide --prompts {args.prompts}.")
     need(args.prompts // args.updates % world() == 0,

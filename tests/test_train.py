@@ -280,9 +280,11 @@ BAD = {                                                # flags -> what the one s
     "--loss grpo --updates 3": "--updates 3 does not divide",
     "--loss grpo --counts 3": "was warm-started with counts [2], not [3]",
     "--loss grpo --model no/such/model": "'no/such/model' is neither a folder here nor",
-    "--loss grpo --task math": "--task math needs --data",
-    "--loss grpo --task math --data no.jsonl --prompt boxed": "no.jsonl",
-    "--loss grpo --task math --prompt think": "does not go with",
+    "--loss grpo --task math": "need --model",
+    "--loss grpo --prompt think": "need --model",
+    "--loss grpo --model {base}/base/model --task math --prompt think": "does not go with",
+    "--loss grpo --model {base}/base/model --task math": "--task math needs --data",
+    "--loss grpo --model {base}/base/model --task math --data no.jsonl": "no.jsonl",
     "--loss grpo --device quantum": "--device quantum is not available",
     "--loss grpo --name taken": "holds a run already",
     "--loss grpo --name other --resume": "no run to resume",
@@ -301,7 +303,7 @@ def test_bad_input_is_one_sentence_and_changes_nothing(base, flags, capsys, monk
         (base / "notes" / "diary.txt").write_text("mine")
     kept = {file: file.read_bytes() for file in base.rglob("*") if file.is_file() and file.name != "lock"}
     capsys.readouterr()
-    assert go(base, *flags.split()) == 2
+    assert go(base, *flags.replace("{base}", str(base)).split()) == 2
     message = capsys.readouterr().err
     assert message.startswith("error: ") and BAD[flags] in message, message
     assert message.count("\n") == 1 and "Traceback" not in message, f"not one sentence: {message}"
