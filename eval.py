@@ -25,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 import policy as policy_module
@@ -151,6 +152,8 @@ def plot(summaries, file):
 
 # ------------------------------------------------------------------------------------- what train.py and eval.py share
 
+SETTING = ("task", "prompt", "counts", "high", "targets", "max_new_tokens")    # the flags that say what is measured
+
 # What a task's answers look like decides its defaults: a bare expression, or reasoning that ends in a tag or a box.
 STYLES = {"bare": dict(counts=[4], high=9, targets=[1, 60], max_new_tokens=24),
           "ask": dict(counts=[3, 4], high=99, targets=[10, 100], max_new_tokens=48),
@@ -188,9 +191,11 @@ def make_task(flags, tokenizer, held_out=0.1):
             setattr(flags, name, value)
     if flags.max_new_tokens < 1:
         raise ValueError("--max-new-tokens must be at least 1.")
+    if (flags.task == "math") != (flags.data is not None):
+        raise ValueError("--task math needs --data, a .jsonl file or hf://owner/repo/file.jsonl; other tasks take none.")
     if flags.task == "math":
-        if flags.data is None:
-            raise ValueError("--task math needs --data: a .jsonl file, or hf://owner/repo/file.jsonl.")
+        if flags.counts or flags.high or flags.targets:
+            raise ValueError("--counts, --high and --targets belong to --task countdown.")
         return Math(flags.data, held_out=held_out)
     return Countdown(tuple(flags.counts), flags.high, tuple(flags.targets), flags.prompt, held_out=held_out)
 
@@ -200,7 +205,7 @@ def pick_device(name):
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        torch.empty(1, device=name)
+        torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError):
         raise ValueError(f"--device {name} is not available on this machine.")
     return name, torch.bfloat16 if name.startswith("cuda") else torch.float32
@@ -218,10 +223,19 @@ def write_json(path, value):
     os.replace(aside, path)
 
 
+def read_flags(file):
+    """The flags.json of a run or of runs/base; ValueError where it is missing, damaged or without a task."""
+    def reader():
+        flags = json.loads(file.read_text())
+        return flags | {key: flags[key] for key in SETTING}
+    return policy_module.read(file, reader)
+
+
 def run(argv=None):
     parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("models", nargs="+", help="a run folder of train.py, a model folder, or a hub name; gains are over the first")
     add_task_flags(parser)
+    parser.set_defaults(task=None)                     # None: that of the runs named, else countdown
     parser.add_argument("--n", type=int, default=128, help="answers a problem")
     parser.add_argument("--problems", type=int, default=512, help="held-out problems (math: at most what --data has)")
     parser.add_argument("--temperature", type=float, default=1.0)
@@ -231,24 +245,30 @@ def run(argv=None):
     parser.add_argument("--json", help="where to write the numbers; default: eval.json in the last run named, else ./eval.json")
     parser.add_argument("--plot", help="draw the Pass@k curves into this file (needs matplotlib)")
     args = parser.parse_args(argv)
-    if min(args.n, args.problems, args.rows) < 1 or args.temperature <= 0:
+    if min(args.n, args.problems, args.rows) < 1 or not 0 < args.temperature < math.inf:
         raise ValueError("--n, --problems and --rows must be at least 1, and --temperature above 0.")
     device, dtype = pick_device(args.device)
-    results, where, settings = {}, Path("eval.json"), None
+    # A run is measured on the task that it was trained on, and so is everything beside it, unless a flag says otherwise.
+    runs = [name for name in args.models if (Path(name) / "flags.json").is_file()]
+    given = vars(args).copy()
+    for name in runs:
+        flags = read_flags(Path(name) / "flags.json")
+        for key in (key for key in SETTING if given[key] is None):
+            if getattr(args, key) not in (None, flags[key]):
+                raise ValueError(f"'{name}' was trained with {key} {flags[key]}, a run before it with {getattr(args, key)}: "
+                                 f"say by --{key.replace('_', '-')} on which to measure.")
+            setattr(args, key, flags[key])
+        if not (Path(name) / "model").is_dir():
+            raise ValueError(f"'{name}' has no finished model yet: go on with it by train.py --resume.")
+    args.task = args.task or "countdown"
+    where = Path(args.json or Path(runs[-1] if runs else "") / "eval.json")
+    for file in (where, Path(args.plot or "plot.png")):                         # told now, not after an hour's evaluation
+        if file.is_dir() or not file.parent.is_dir():
+            raise ValueError(f"'{file}' cannot be written: it must be a file in a folder that exists.")
+    results = {}
     for name in args.models:
-        folder = Path(name)
-        if (folder / "flags.json").is_file():          # a run: measured on the task that it was trained on
-            flags = json.loads((folder / "flags.json").read_text())
-            for key in ("task", "prompt", "counts", "high", "targets", "max_new_tokens"):
-                if getattr(args, key, None) in (None, parser.get_default(key)):
-                    setattr(args, key, flags[key])
-            where, folder = folder / "eval.json", folder / "model"
-        policy, tokenizer = policy_module.load(folder if folder.is_dir() else name, device, dtype)
+        policy, tokenizer = policy_module.load(Path(name) / "model" if name in runs else name, device, dtype)
         task = make_task(args, tokenizer, held_out=1.0 if args.task == "math" else 0.1)
-        chosen = {key: getattr(args, key) for key in ("task", "prompt", "counts", "high", "targets")}
-        if settings not in (None, chosen):
-            raise ValueError(f"'{name}' belongs to another task setting than the models before it: {chosen}, not {settings}.")
-        settings = chosen
         label = name.rstrip("/").split("/")[-1]
         generator = torch.Generator(device).manual_seed(args.seed)
         results[label if label not in results else name] = evaluate(
@@ -258,26 +278,35 @@ def run(argv=None):
     size = len(next(iter(results.values())))
     print(f"{size} held-out problems, {args.n} samples each, temperature {args.temperature}, seed {args.seed}")
     print(table(summaries))
+    write_json(where, {"flags": vars(args), "summary": summaries, "records": results})
+    print(f"written: {where}")
     if args.plot:
         plot(summaries, args.plot)
-    write_json(args.json or where, {"flags": vars(args), "summary": summaries, "records": results})
-    print(f"written: {args.json or where}")
 
 
 def main(argv=None):
     """Run, and turn what a user can get wrong into one sentence and exit code 2."""
     try:
         run(argv)
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+    except KeyboardInterrupt:
+        print("stopped; nothing was written.", file=sys.stderr)
+        return 130
+    except Exception as error:
         print(f"error: {explain(error)}", file=sys.stderr)
         return 2
     return 0
 
 
 def explain(error):
-    if isinstance(error, torch.OutOfMemoryError):
-        return "the GPU is out of memory: lower --rows (eval.py), or --micro-batch and --rows (train.py)."
-    return str(error)
+    """One sentence for what a user can mend. Anything else is a bug of ours and keeps its traceback."""
+    text = " ".join(str(error).split())
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "tried to allocate" in text or "out of memory" in text:
+        return "out of memory: lower --rows if this was sampling or evaluation, --micro-batch if it was an update."
+    if "No space left on device" in text:
+        return f"the disk is full ({text}); what was saved before is whole: make room, then go on with train.py --resume."
+    if isinstance(error, (ValueError, OSError, SafetensorError)):
+        return text
+    raise error
 
 
 if __name__ == "__main__":

@@ -8,12 +8,12 @@ Every function has the same first arguments and returns (loss, stats):
 
     logp      (B, T)  log-probability of each sampled token under the current weights; carries the gradient
     old_logp  (B, T)  the same at the weights that sampled; a constant, and `logp` itself will do on-policy
-    mask      (B, T)  1 on generated tokens up to and including the first stop token, 0 elsewhere; padding may hold NaN
+    mask      (B, T)  1 on generated tokens up to and including the first stop token; where it is 0, NaN does no harm
     rewards   (B,)    one per answer; the G = group_size rows of one prompt are neighbours
     entropy   (B, T)  of the next-token distribution, carries gradient; ref_logp (B, T) under a frozen reference
 
-A call sees the whole optimiser batch, forms advantages A (B,) and denominators itself, and writes into no argument. How
-one number comes out of (B, T) token losses is half of a method, and named in its `agg`:
+A call sees the whole optimiser batch, forms advantages A (B,) and denominators itself, and writes into no argument.
+How one number comes out of (B, T) token losses is half of a method, and named in its `agg`:
 
     seq_mean    mean over answers of the mean over their tokens     token_mean   mean over all tokens of the batch
     seq_sum     mean over answers of the sum over their tokens      seq_const    seq_sum / max_len, a fixed number
@@ -21,13 +21,14 @@ one number comes out of (B, T) token losses is half of a method, and named in it
 Lengths 2 and 6, A = +1 and -1, ratio 1: 0 by seq_mean, +0.5 by token_mean, +2 by seq_sum, +0.2 by seq_const (10).
 
 Read `grpo` first. In most others only A differs, and the line says so. "Correct" is rewards == 1, never rewards > 0: an
-answer that earned 0.1 for its format is wrong. After a single update a rollout (logp equals old_logp) every ratio is
-exactly 1: then no clip does anything, gspo has the gradient of grpo and cispo that of dapo, and a loss of 0 under
-seq_mean still has a gradient. Group-relative numbers here use the population std (ddof 0); most libraries use ddof 1.
+answer that earned 0.1 for its format is wrong. With one update a rollout (logp equals old_logp) every ratio is 1: then
+no clip does anything, gspo has the gradient of grpo and cispo that of dapo, and a loss of 0 under seq_mean still has a
+gradient. The std within a group is the population's (ddof 0); most libraries use ddof 1.
 
-stats, floats: adv_abs = mean |A|; ratio_max = largest token ratio; clip_frac = share of tokens whose gradient a clip really
-removed; zero_std_frac = share of groups with equal rewards; kl_old = KL(old, current) in nats a token (k3); and kl (to the
-reference), entropy, ds_ratio, kept_frac, capped_frac where they apply.
+stats, floats: adv_abs = mean |A|; ratio_max = largest token ratio; clip_frac = share of tokens whose gradient a clip
+removed; zero_std_frac = share of groups with equal rewards; kl_old = KL(old, current) in nats a token (k3); and where
+they apply kl (to the reference), entropy, ds_ratio = mean |smoothing term| / mean |A|, kept_frac = share of rows kept,
+capped_frac = share of tokens with a clipped weight.
 """
 import math
 from typing import NamedTuple, Optional
@@ -37,7 +38,7 @@ import torch
 EPS = 1e-6                                             # added to a std or a mean, never put under the root
 
 
-# -------------------------------------------------------------------------------------------------- shared by the losses
+# ----------------------------------------------------------------------------------------------- shared by the losses
 
 class _Batch(NamedTuple):
     """The checked arguments: 0 instead of anything under mask 0, and only logp and entropy carry gradient."""
@@ -53,8 +54,8 @@ class _Batch(NamedTuple):
 def _inputs(logp, old_logp, mask, rewards, group_size, entropy, ref_logp, lowest=-math.inf, highest=math.inf):
     """Check the arguments (ValueError in one sentence) -> _Batch. Rewards outside [lowest, highest] are refused.
 
-    NaN on a generated token is let through, so that the loss shows it. NaN in padding has to go before any exp or product,
-    because inf * 0 is NaN, in the gradient too.
+    NaN on a generated token is let through, so that the loss shows it. NaN in padding has to go before any exp or
+    product, because inf * 0 is NaN, in the gradient too.
     """
     if logp.dim() != 2 or 0 in logp.shape:
         raise ValueError(f"logp must be (rows, tokens) and not empty, but its shape is {tuple(logp.shape)}.")
@@ -62,7 +63,7 @@ def _inputs(logp, old_logp, mask, rewards, group_size, entropy, ref_logp, lowest
         if x is not None and x.shape != logp.shape:
             raise ValueError(f"{name} must have the shape of logp, {tuple(logp.shape)}, but has {tuple(x.shape)}.")
     if rewards.shape != logp.shape[:1]:
-        raise ValueError(f"rewards must be one number a row, ({len(logp)},), but its shape is {tuple(rewards.shape)}.")
+        raise ValueError(f"rewards must be {len(logp)} numbers, one a row, but its shape is {tuple(rewards.shape)}.")
     _groups(rewards, group_size)
     on = mask.bool()
     clean = lambda x: None if x is None else torch.where(on, x, 0)
@@ -71,7 +72,7 @@ def _inputs(logp, old_logp, mask, rewards, group_size, entropy, ref_logp, lowest
     rewards = rewards.detach().to(logp.dtype)
     wrong = {"mask must hold nothing but 0 and 1.": mask != on, "rewards must be finite.": ~rewards.isfinite(),
              f"this loss needs rewards of at least {lowest}.": rewards < lowest,
-             f"this loss needs rewards of at most {highest}: rewards == 1 is what it calls correct.": rewards > highest}
+             f"this loss needs rewards of at most {highest}: correct means rewards == 1.": rewards > highest}
     for name, x in {"logp": logp, "old_logp": old_logp, "ref_logp": ref_logp}.items():
         if x is not None:                              # 1e-4: rounding may lift a certain token a little above 0
             wrong[f"{name} is above 0 on a generated token, which no log-probability can be."] = x > 1e-4
@@ -89,11 +90,11 @@ def _groups(x, group_size):
 
 
 def group_advantages(rewards, group_size):
-    """A = (r - mean) / (std + 1e-6) within each group, std with ddof 0. (B,) -> (B,).    GRPO's, and Eq. (5)
+    """A = (r - mean) / (std + 1e-6) within each group, std with ddof 0. (B,) -> (B,)    # Eq. (5)
 
     (1, 0, 0, 0) -> 1.732047, -0.577349 three times; ddof 1 would give 1.5, -0.5. For 0/1 rewards with a share p correct
-    it is sqrt((1-p)/p) for correct and -sqrt(p/(1-p)) for wrong answers. Equal rewards give exactly 0: in float32 the mean of
-    equal numbers can be off by one in the last place, and 1e-6 would blow that up.
+    it is sqrt((1-p)/p) for correct and -sqrt(p/(1-p)) for wrong answers. Equal rewards give exactly 0: in float32 the
+    mean of equal numbers can be off by one in the last place, which dividing by 1e-6 would blow up.
     """
     r = _groups(rewards.detach() if rewards.is_floating_point() else rewards.float(), group_size)  # (B/G, G)
     a = (r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True, correction=0) + EPS)
@@ -156,7 +157,7 @@ def _aggregate(token_loss, mask, agg, max_len=None):
 
 
 def _sequence_logp(batch, reduction):
-    """log pi_old(y|x), the sum over an answer's tokens, or its mean a token -> (B,). Never of logp: it is a constant."""
+    """log pi_old(y|x), summed over an answer's tokens or its mean a token -> (B,). Not of logp: it is a constant."""
     if reduction not in ("sum", "mean"):
         raise ValueError(f"unknown reduction {reduction!r}: sum or mean.")
     total = batch.old_logp.sum(1)                      # padding is 0
@@ -181,7 +182,7 @@ def _check_k(k, group_size):
 
 @torch.no_grad()
 def _stats(batch, advantages, cut=None, **more):
-    """The numbers beside the loss, as floats; `more` are 0-dim tensors. cut (B, T) or (B, 1): no gradient left there."""
+    """The numbers beside the loss, as floats. cut (B, T) or (B, 1): no gradient is left there; more: 0-dim tensors."""
     tokens = batch.mask.sum().clamp(min=1)
     per_token = lambda x: x.sum() / tokens             # padding is 0 in all that goes in
     log_ratio = batch.logp - batch.old_logp            # (B, T)
@@ -199,14 +200,14 @@ def _stats(batch, advantages, cut=None, **more):
     return dict(zip(values, torch.stack([x.detach().to(log_ratio.dtype) for x in values.values()]).tolist()))
 
 
-# --------------------------------------------------------------------------------------- the losses: policy gradient, GRPO
+# ---------------------------------------------------------------------------------- the losses: policy gradient, GRPO
 
 def reinforce(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp=None, baseline=0.0, beta=0.0):
     """REINFORCE (Williams 1992): loss = -(r - baseline) log pi(y|x), averaged over answers.
 
     Against GRPO: no group, no ratio, no clip; the baseline is a constant known beforehand (0, or a running mean).
     With beta > 0 the reward first loses beta * sum_t (old_logp - ref_logp), as a constant.
-    Traps: right for one update a rollout only. Dividing by the length is another objective. The loss value means nothing.
+    Traps: right for one update a rollout only; dividing by the length is another objective; its value means nothing.
     A = 1, one token of logp -0.2: loss +0.2, gradient -1.
     """
     batch = _inputs(logp, old_logp, mask, rewards, group_size, entropy, ref_logp)
@@ -224,7 +225,7 @@ def rloo(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp=No
     r = (1, 0, 0, 0): A = 1, -1/3, -1/3, -1/3.
     """
     if group_size < 2:
-        raise ValueError(f"rloo needs a group_size of at least 2, not {group_size}: the baseline is the other answers.")
+        raise ValueError(f"rloo compares an answer with the others: group_size must be at least 2, not {group_size}.")
     batch = _inputs(logp, old_logp, mask, rewards, group_size, entropy, ref_logp)
     r = _groups(_minus_kl(batch, beta), group_size)    # (B/G, G)
     others = (r.sum(1, keepdim=True) - r) / (group_size - 1)
@@ -240,8 +241,8 @@ def grpo(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp=No
         loss = mean_i mean_t [ -min(ratio A_i, clip(ratio, 1 - clip_low, 1 + clip_high) A_i) + beta k3 ]
 
     All others are measured against this one. Differentiated: -ratio A where not clipped, else 0.
-    Traps: a group of equal rewards gives no policy gradient, yet its tokens stay in the denominators and KL acts on them;
-    A = -1 with a large ratio is unbounded on purpose. Many libraries take agg token_mean; the paper has seq_mean.
+    Traps: a group of equal rewards gives no policy gradient, yet its tokens stay in the denominators and KL acts on
+    them; A = -1 with a large ratio is unbounded on purpose. Many libraries use token_mean; the paper has seq_mean.
     r = (1, 1, 0, 0): A = +-0.999998.
     """
     batch = _inputs(logp, old_logp, mask, rewards, group_size, entropy, ref_logp)
@@ -272,7 +273,7 @@ def dapo(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp=No
     """DAPO (arXiv 2503.14476): clip-higher and the token-level loss. Equals grpo(clip_high=0.28, agg="token_mean").
 
     Against GRPO: the upper clip is wider, every token of the batch weighs the same, no KL. Dynamic sampling, its other
-    half, is a flag of train.py. Traps: the mean of micro-batch means is not the mean; one denominator is needed.
+    half, is a flag of train.py. Trap: the mean of micro-batch means is not the mean.
     On-policy, lengths 2 and 6, A = +1 and -1: +0.5.
     """
     batch = _inputs(logp, old_logp, mask, rewards, group_size, entropy, ref_logp)
@@ -284,8 +285,8 @@ def dapo(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp=No
 def gspo(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp=None, clip_low=3e-4, clip_high=4e-4):
     """GSPO (arXiv 2507.18071): one ratio an answer, s_i = exp(mean_t(logp - old_logp)), and clip that.
 
-    Against GRPO: the ratio is the geometric mean of the token ratios, hence the far narrower clip; a clipped answer has no
-    gradient on any token. On-policy its gradient is GRPO's.
+    Against GRPO: the ratio is the geometric mean of the token ratios, hence the far narrower clip; a clipped answer has
+    no gradient on any token. On-policy its gradient is GRPO's.
     Traps: a clip of 0.2 never acts here; the product of ratios explodes; the mean of ratios is another number.
     Log-ratios 0.1, -0.1, 0.3: s = e^0.1 = 1.105171.
     """
@@ -302,8 +303,8 @@ def cispo(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp=N
 
         loss = -stop_gradient(clip(ratio, 1 - clip_low, 1 + clip_high)) A logp
 
-    Against GRPO: the ratio is a constant weight on logp, so clipping never silences a token. Both numbers are distances: 1
-    and 4 mean weights in [0, 5], the cap of ScaleRL (arXiv 2510.13786); some libraries take the cap itself.
+    Against GRPO: the ratio is a constant weight on logp, so clipping never silences a token. Both are distances:
+    1 and 4 mean weights in [0, 5], the cap of ScaleRL (arXiv 2510.13786); some libraries take the cap itself.
     On-policy the gradient is dapo's. Traps: a weight that is differentiated; the loss value means nothing.
     A = 1, ratio 10: gradient -5, where PPO's clip leaves 0.
     """
@@ -320,10 +321,10 @@ def entropy(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp
             clip_low=0.2, clip_high=0.2, beta=0.0, entropy_coef=1e-3, agg="seq_mean"):
     """GRPO with a global entropy bonus (entropy_coef > 0) or penalty (< 0): token loss minus entropy_coef * H.
 
-    Against GRPO: only that term, on correct and wrong answers alike. H is exact and of the tempered distribution. The form
-    that goes into the reward (-a log pi_old(y) for all answers) is diffsmooth with gamma_p = a, gamma_n = -a.
-    Traps: `entropy` must carry gradient, or the term is a constant; -logp of the samples is not H; a coefficient for one
-    agg does not carry over to another. Uniform over 4 tokens: H = 1.386294, so the loss falls by 0.001386.
+    Against GRPO: only that term, on correct and wrong answers alike; H is exact and at the sampling temperature. The
+    reward form of it (-a log pi_old(y) added to every A) is diffsmooth with gamma_p = a, gamma_n = -a.
+    Traps: `entropy` must carry gradient, or the term is a constant; -logp of the samples is not H; a coefficient does
+    not carry over from one agg to another. Uniform over 4 tokens: H = 1.386294, so the loss falls by 0.001386.
     """
     if entropy is None and entropy_coef:
         raise ValueError("entropy_coef != 0 needs entropy, the (B, T) entropies of the next-token distributions.")
@@ -335,7 +336,7 @@ def entropy(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp
     return _aggregate(token_loss, batch.mask, agg), _stats(batch, advantages, cut)
 
 
-# -------------------------------------------------------------------------------------- the losses: against lost diversity
+# --------------------------------------------------------------------------------- the losses: against lost diversity
 
 def diffsmooth(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp=None,
                clip_low=0.2, clip_high=0.2, beta=0.0, reduction="sum", gamma_p=0.1, gamma_n=0.0, agg="seq_mean"):
@@ -343,11 +344,12 @@ def diffsmooth(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_l
 
         A_i - gamma_p log pi_old(y_i|x)  if r_i == 1,    A_i + gamma_n log pi_old(y_i|x)  otherwise
 
-    Against GRPO: that term, added after normalisation. log pi <= 0: correct answers rise, the RARE ones most; wrong ones
-    fall, the RARE ones most. gamma_n = 0 is DS-GRPO-Positive, gamma_p = 0 DS-GRPO-Negative, both 0 GRPO.
-    It acts in groups of equal rewards too, and group sums of A are not 0. reduction "sum" is Eq. 6 as printed; the authors'
-    code took the mean a token: a gamma never carries over, they differ by the length. As reported, Countdown with a 3B model:
-    gamma_p 0.03, gamma_n 0.01. Traps: either sign; the term silently 0; adding it before normalisation; logp for old_logp.
+    Against GRPO: that term, added after normalisation. log pi <= 0, so correct answers rise, the RARE ones most, and
+    wrong ones fall, the RARE ones most. gamma_n = 0 is DS-GRPO-Positive, gamma_p = 0 DS-GRPO-Negative, both 0 GRPO.
+    The term acts in groups of equal rewards too; group sums of A are not 0. reduction "sum" is Eq. 6 as printed, the
+    authors' code took the mean a token; the two differ by the length, so a gamma never carries over. As reported, a 3B
+    model on Countdown: gamma_p 0.03, gamma_n 0.01.
+    Traps: either sign; the term silently 0; adding it before normalisation; logp in place of old_logp.
     S = (-10, -20, -10, -20), r = (1, 1, 0, 0), gammas 0.03, 0.01: A = 1.299998, 1.599998, -1.099998, -1.199998.
     """
     batch = _inputs(logp, old_logp, mask, rewards, group_size, entropy, ref_logp, highest=1)
@@ -362,11 +364,11 @@ def diffsmooth(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_l
 def diffsmooth_reward(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp=None,
                       clip_low=0.2, clip_high=0.2, beta=0.0, reduction="sum", gamma_p=0.1, gamma_n=0.0,
                       agg="token_mean"):
-    """Differential smoothing of the reward (arXiv 2511.19942, Eq. 4 with pi_old for pi_base), as in the authors' last code.
+    """Differential smoothing of the reward (arXiv 2511.19942, Eq. 4 with pi_old), as in the authors' last working code.
 
-    Against diffsmooth: the term enters the reward before the group mean is taken off, and nothing is divided by the std. With
-    gammas 0 it is dr_grpo up to a constant factor. Group sums of A are 0: an all-correct group pushes its likely answers
-    DOWN; an all-wrong group pushes its likely answers UP, so gamma_n sharpens where the policy knows nothing yet.
+    Against diffsmooth: the term enters the reward before the group mean is taken off, and there is no division by the
+    std. With gammas 0 it is dr_grpo up to a constant factor. Group sums of A are 0, so an all-correct group pushes its
+    likely answers DOWN, and an all-wrong group its likely ones UP: gamma_n sharpens where the policy knows nothing yet.
     S = (-10, -20, -10, -20), r = (1, 1, 0, 0), gammas 0.03, 0.01: A = 0.65, 0.95, -0.75, -0.85.
     """
     batch = _inputs(logp, old_logp, mask, rewards, group_size, entropy, ref_logp, highest=1)
@@ -383,8 +385,8 @@ def unlikeliness(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref
                  clip_low=0.2, clip_high=0.2, beta=0.0, rank_coef=0.25, agg="seq_mean"):
     """Unlikeliness reward (arXiv 2506.02355): r_i (1 - rank_coef rank_i / G), then normalised as in GRPO.
 
-    Against GRPO: a correct answer earns less the likelier it is. rank_i is its place by mean old_logp a token among ALL answers of
-    the group, 0 = least likely, ties in row order. rank_coef 0 is GRPO; the paper calls it beta.
+    Against GRPO: a correct answer earns less the likelier it is. rank_i is its place by mean old_logp a token among ALL
+    answers of the group, 0 = least likely, ties in row order. rank_coef 0 is GRPO; the paper calls it beta.
     Trap: in an all-correct group the std cancels rank_coef, and A is a full-size ranking of noise (+-1.53 for G = 8).
     M = (-0.1, -0.5, -0.3, -0.9), r = (1, 1, 0, 0): ranks 3, 1, 2, 0; A = 0.852801, 1.137068, -0.994934, -0.994934.
     """
@@ -401,8 +403,8 @@ def passk(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp=N
           clip_low=0.2, clip_high=0.2, beta=0.0, k=4, agg="seq_mean"):
     """Pass@k training (arXiv 2508.10751, analytic form); the GR-PKPO baseline of the differential smoothing paper.
 
-    Against GRPO: A is the mean, over all k-subsets that contain the answer, of the subset's normalised best reward. k = 1 is GRPO.
-    R = 1 - C(G-c, k)/C(G, k) is pass@k of a group with c correct answers.
+    Against GRPO: A is the mean, over all k-subsets with the answer in them, of the subset's normalised best reward.
+    k = 1 is GRPO. R = 1 - C(G-c, k)/C(G, k) is pass@k of a group with c correct answers.
     Edges: nothing is learnt from c = 0, nor once fewer than k answers are wrong. Only rewards == 1 count as correct.
     G = 4, k = 2: c = 2 gives +-0.447212; c = 1 gives 0.999998, -0.333333.
     """
@@ -425,8 +427,8 @@ def pkpo(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp=No
 
         A = k C(G-c, k-1) / C(G-1, k-1)  if correct, 0 otherwise
 
-    Against GRPO: no std, wrong answers weigh nothing, correct ones more when few others are. The paper sums s_i over the
-    group, here rows are averaged, hence A = G s_i. k = 1: A = r. Unbiased for one-token answers, or with agg="seq_sum".
+    Against GRPO: no std, wrong answers weigh nothing, correct ones more when few others are. The paper sums s_i over
+    the group, here rows are averaged, hence A = G s_i; k = 1: A = r. Unbiased for one-token answers or agg="seq_sum".
     Traps: losing the factor G; a std afterwards; one more leave-one-out baseline, which biases it.
     G = 4, k = 2: c = 2 gives 4/3, c = 1 gives 2.
     """
@@ -458,8 +460,8 @@ def maxrl(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp=N
           clip_low=0.2, clip_high=0.2, beta=0.0, agg="seq_mean"):
     """MaxRL (arXiv 2602.02710): A = (r - mean) / mean, a step from mean reward towards maximum likelihood.
 
-    Against GRPO: divide by the mean, not the std. The expected gradient is that of sum_j pass@j / j, j = 1..G-1, for one-token
-    answers or agg="seq_sum". Rewards must not be negative.
+    Against GRPO: divide by the mean, not the std. Its expected gradient is that of the sum of pass@j / j, j = 1..G-1,
+    for one-token answers or agg="seq_sum". Rewards must not be negative.
     Traps: a single correct answer gets A = G-1; an all-wrong group stays at 0.
     r = (1, 0, 0, 0): A = 2.999988, -0.999996.
     """
@@ -475,8 +477,8 @@ def ucpo(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp=No
          clip_low=0.2, clip_high=0.2, beta=0.0, tau=0.2, agg="seq_mean"):
     """UCPO (arXiv 2605.00365): share a group's positive advantage among its correct answers, more to the unlikely.
 
-    Against GRPO: A of the c correct answers is multiplied by (1-tau) + tau c (1/q_i) / sum_j (1/q_j), with q the softmax of
-    their mean old_logp a token; the group's total stays. tau 0 is GRPO, and so is c <= 1.
+    Against GRPO: A of the c correct answers is multiplied by (1-tau) + tau c (1/q_i) / sum_j (1/q_j), q the softmax
+    of their mean old_logp a token; the group's total stays. tau 0 is GRPO, and so is c <= 1.
     Trap: means a token lie close together, so q is almost uniform and the effect small.
     M = (-0.1, -0.5) of two correct answers: factors 0.960525, 1.039475.
     """
@@ -496,8 +498,8 @@ def focal(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp=N
           clip_low=0.2, clip_high=0.2, beta=0.0, focal_gamma=0.5, agg="seq_mean"):
     """F-GRPO (arXiv 2602.06717): A = (1 - c/G)^focal_gamma A_grpo, so that prompts already solved count less.
 
-    Against GRPO: one factor a group. focal_gamma 0 is GRPO. Trap: it also lowers mean |A| (by a third at 0.5 over uniform
-    accuracies), so compare with a GRPO of smaller learning rate.
+    Against GRPO: one factor a group; focal_gamma 0 is GRPO. Trap: it also lowers mean |A| (by a third at 0.5 over
+    uniform accuracies), so compare with a GRPO of smaller learning rate.
     r = (1, 1, 0, 0): +-0.707105; (1, 0, 0, 0): 1.499997, -0.499999.
     """
     if focal_gamma < 0:
@@ -509,7 +511,7 @@ def focal(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp=N
     return _aggregate(token_loss, batch.mask, agg), _stats(batch, advantages, cut)
 
 
-# ------------------------------------------------------------------------------------------------ the losses: imitation
+# ---------------------------------------------------------------------------------------------- the losses: imitation
 
 def sft(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp=None):
     """Cross-entropy: minus the mean of logp over all tokens. Looks at neither rewards, nor group_size, nor old_logp.

@@ -59,37 +59,30 @@ class RMSNorm(nn.Module):
 class KVCache:
     """Keys and values of the tokens read so far: per layer two tensors (B, kv_heads, S, head_dim).
 
-    A new cache grows by concatenation, and gradients flow through it: the training forward reads a prompt once and lets
-    all its answers attend to it. `select(rows, room)` gives one with room for more tokens, written in place: the sampler.
+    It grows by concatenation, and gradients flow through it: the training forward reads a prompt once and lets all its
+    answers attend to it. The sampler reads prompts into one, and goes on with a Stepper, whose cache has room.
     """
 
     def __init__(self):
         self.keys, self.values = [], []
         self.length = 0                                # tokens read; moved on by Policy.forward when all layers wrote
-        self.room = 0                                  # of which preallocated and still free: 0 means "grow"
 
     def update(self, layer, k, v):
         """Add the new tokens' k, v (B, kv_heads, T, head_dim); return all keys and values (B, kv_heads, S, head_dim)."""
         if layer == len(self.keys):                    # the first tokens
             self.keys.append(k)
             self.values.append(v)
-        elif self.room:
-            end = self.length + k.shape[2]
-            self.keys[layer][:, :, self.length:end] = k
-            self.values[layer][:, :, self.length:end] = v
-            return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
         else:
             self.keys[layer] = torch.cat([self.keys[layer], k], dim=2)
             self.values[layer] = torch.cat([self.values[layer], v], dim=2)
         return self.keys[layer], self.values[layer]
 
-    def select(self, rows, room=0):
-        """A copy holding `rows` (an index tensor; a row may repeat), with room for `room` more tokens."""
+    def select(self, rows):
+        """A copy holding `rows` (an index tensor; a row may repeat)."""
         chosen = KVCache()
-        chosen.length, chosen.room = self.length, room
-        copy = lambda x: F.pad(x[:, :, :self.length].index_select(0, rows), (0, 0, 0, room))
-        chosen.keys = [copy(k) for k in self.keys]
-        chosen.values = [copy(v) for v in self.values]
+        chosen.length = self.length
+        chosen.keys = [k.index_select(0, rows) for k in self.keys]
+        chosen.values = [v.index_select(0, rows) for v in self.values]
         return chosen
 
 
@@ -193,6 +186,10 @@ class Policy(nn.Module):
         """An empty KVCache, for those who are handed a policy and import nothing."""
         return KVCache()
 
+    def stepper(self, cache, rows, mask, room):
+        """A Stepper that goes on from prompts read into `cache`: for those who sample, and import nothing."""
+        return Stepper(self, cache, rows, mask, room)
+
     def forward(self, tokens, mask=None, cache=None):
         """Hidden states of the new tokens, after the last norm: what `head` reads.
 
@@ -213,13 +210,8 @@ class Policy(nn.Module):
         for layer, block in enumerate(self.model.layers):
             x = block(x, rope, attend[self.windows[layer]], layer, cache)
         if cache is not None:
-            cache.length, cache.room = seen, max(0, cache.room - T)
+            cache.length = seen
         return self.model.norm(x)
-
-
-    def logits(self, hidden):
-        """hidden (..., D) -> (..., V), fp32; in bf16 only the matmul is."""
-        return F.linear(hidden, self.head.to(hidden.dtype)).float()
 
 
 def head_dim(config):
@@ -273,6 +265,88 @@ def allowed(mask, T, S, window, device):
     if mask is not None:
         ok = ok & mask.bool()[:, None, None, :]
     return ok | (key == query)                         # a padded query reads itself: no empty softmax, no NaN
+
+
+class Stepper:
+    """`Policy.forward` for one token a row, on plain tensors: where sampling spends its time.
+
+    The same mathematics in a third of the operations: q, k and v are one product, gate and up another; a norm's weight is
+    folded into the matrix that reads it, a residual is added by the product before it, and the query heads that share a
+    key head are the rows of one small product. The weights are copies: a Stepper serves one `sample` call.
+    """
+
+    def __init__(self, policy, cache, rows, mask, room):
+        """Row i of the batch goes on from prompt rows[i] of `cache`, `room` tokens at most. mask (prompts, P) bool."""
+        config, dtype, B, S = policy.config, policy.dtype, len(rows), cache.length + room
+        self.eps, self.dtype, self.head_dim = config.rms_norm_eps, dtype, head_dim(config)
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.windows = [None if window is None or window >= S else window for window in policy.windows]
+        self.embedding, self.norm = policy.model.embed_tokens.weight, policy.model.norm
+        self.head = policy.head if policy.device.type != "cuda" else policy.head.to(dtype)
+        self.layers = [fused(block, dtype) for block in policy.model.layers]
+        spread = lambda x: F.pad(x.index_select(0, rows), (0, 0, 0, room)).flatten(0, 1)
+        self.keys, self.values = ([spread(x) for x in xs] for xs in (cache.keys, cache.values))    # (B kv, S, head_dim)
+        angles = torch.arange(S, device=rows.device)[:, None] * policy.inv_freq                     # (S, head_dim / 2)
+        self.cos = torch.cat([angles.cos(), angles.cos()], dim=1).to(dtype)                         # (S, head_dim)
+        self.sin = torch.cat([-angles.sin(), angles.sin()], dim=1).to(dtype)
+        # What is added to the attention scores: -inf hides padding and slots not yet written.
+        seen = F.pad(mask[rows], (0, room), value=False)[:, None]                                   # (B, 1, S)
+        self.bias = torch.where(seen, 0.0, -math.inf).to(dtype).repeat_interleave(self.kv_heads, 0)     # (B kv, 1, S)
+        self.padding = (~mask[rows]).sum(1)                                     # (B,) a position counts real tokens only
+        self.slot = torch.tensor([cache.length], device=rows.device)            # where the next token's keys go
+
+    def step(self, token, span):
+        """Read one token a row, (B,), looking at the first `span` slots -> hidden (B, D), what the head reads."""
+        B, H, KV, size = len(token), self.heads, self.kv_heads, self.head_dim
+        position = self.slot - self.padding                                     # (B,)
+        cos, sin = self.cos[position][:, None], self.sin[position][:, None]     # (B, 1, head_dim)
+        self.bias.index_fill_(2, self.slot, 0.0)
+        x = F.embedding(token, self.embedding).to(self.dtype)                   # (B, D)
+        for layer, keys, values, window in zip(self.layers, self.keys, self.values, self.windows):
+            (qkv, qkv_bias), qk_norm, (out, out_bias), (gate_up, gate_up_bias), (down, down_bias) = layer
+            heads = F.linear(F.rms_norm(x, x.shape[-1:], eps=self.eps), qkv, qkv_bias).view(B, H + 2 * KV, size)
+            qk, v = heads.split([H + KV, KV], dim=1)                            # (B, H + KV, head_dim), (B, KV, head_dim)
+            if qk_norm is not None:
+                qk = F.rms_norm(qk, (size,), eps=self.eps) * qk_norm
+            qk = (qk * cos).addcmul_(qk.roll(size // 2, dims=-1), sin)          # `rotate` in three operations
+            q, k = qk.split([H, KV], dim=1)
+            keys.index_copy_(1, self.slot, k.reshape(-1, 1, size))
+            values.index_copy_(1, self.slot, v.reshape(-1, 1, size))
+            near = slice(0 if window is None else max(0, span - window), span)
+            q = q.reshape(B * KV, H // KV, size)                                # heads that share a key head: rows
+            scores = torch.baddbmm(self.bias[:, :, near], q, keys[:, near].mT, alpha=size ** -0.5)    # (.., .., near)
+            mixed = torch.bmm(scores.softmax(-1), values[:, near]).view(B, H * size)
+            x = torch.addmm(x if out_bias is None else x + out_bias, mixed, out.T)
+            gate, up = F.linear(F.rms_norm(x, x.shape[-1:], eps=self.eps), gate_up, gate_up_bias).chunk(2, dim=-1)
+            x = torch.addmm(x if down_bias is None else x + down_bias, F.silu(gate).mul_(up), down.T)
+        self.slot.add_(1)
+        return self.norm(x)
+
+    def logits(self, hidden, temperature):
+        """hidden (B, D) -> (B, V) at `temperature`, made as `token_logprobs` makes them."""
+        return logits_of(*operands(hidden, self.head), temperature)
+
+    def keep(self, rows):
+        """Go on with these rows only."""
+        grouped = lambda x: x.view(-1, self.kv_heads, *x.shape[1:]).index_select(0, rows).flatten(0, 1)
+        self.keys, self.values = ([grouped(x) for x in xs] for xs in (self.keys, self.values))
+        self.bias, self.padding = grouped(self.bias), self.padding[rows]
+
+
+def fused(block, dtype):
+    """One block's weights as a Stepper reads them: four (weight, bias) pairs, and the norm of q and k or None."""
+    def join(*linears, norm=None):
+        weight = torch.cat([linear.weight for linear in linears])               # (sum of outputs, inputs)
+        bias = None if linears[0].bias is None else torch.cat([linear.bias for linear in linears]).to(dtype)
+        return (weight if norm is None else weight * norm.weight).to(dtype), bias
+    attention, mlp, qk_norm = block.self_attn, block.mlp, None
+    if hasattr(attention, "q_norm"):                                            # (heads + kv_heads, head_dim)
+        repeat = lambda norm, linear: norm.weight.expand(linear.weight.shape[0] // attention.head_dim, -1)
+        pairs = (attention.q_norm, attention.q_proj), (attention.k_norm, attention.k_proj)
+        qk_norm = torch.cat([repeat(*pair) for pair in pairs]).to(dtype)
+    return (join(attention.q_proj, attention.k_proj, attention.v_proj, norm=block.input_layernorm), qk_norm,
+            join(attention.o_proj),
+            join(mlp.gate_proj, mlp.up_proj, norm=block.post_attention_layernorm), join(mlp.down_proj))
 
 
 # ------------------------------------------------------------------------------------------- log-probability of a token

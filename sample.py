@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 LOOK_EVERY = 8                # steps between two looks at which rows have ended: each look makes the host wait for a GPU
+SPAN = 256                    # on a GPU attention reads the cache up to the next multiple of this
 
 
 @dataclass
@@ -37,44 +38,54 @@ def sample(policy, tokenizer, prompts, group_size, max_new_tokens, temperature=1
     generator: a torch.Generator on the policy's device, whose state alone decides the draws. ValueError for a prompt that
     does not fit into the model's context together with its answer.
     """
-    device, stop_ids = policy.device, torch.tensor(policy.stop_ids, device=policy.device)
+    device, stop_ids = policy.device, torch.tensor(policy.stop_ids, dtype=torch.int64, device=policy.device)
     prompt, prompt_mask = encode(tokenizer, prompts, device)                    # (prompts, P) each
     context, P = policy.config.max_position_embeddings, prompt.shape[1]
     if P + max_new_tokens > context:
         raise ValueError(f"a prompt of {P} tokens and {max_new_tokens} new ones exceed the model's context of {context}.")
 
-    # Read each prompt once; its G rows start from copies of its cache and of its last hidden state.
+    # Read each prompt once; its G rows start from copies of its keys and values and of its last hidden state.
     row_prompt = torch.arange(len(prompts), device=device).repeat_interleave(group_size)    # (B,)
     cache, B = policy.new_cache(), len(row_prompt)
     padded = not prompt_mask.all()                     # prompts of one length need no attention mask at all
     hidden = policy(prompt, prompt_mask if padded else None, cache)[:, -1]      # (prompts, D)
-    hidden, cache = hidden[row_prompt], cache.select(row_prompt, room=max_new_tokens)
-    seen = F.pad(prompt_mask[row_prompt], (0, max_new_tokens), value=True) if padded else None   # (B, P + new)
+    stepper = policy.stepper(cache, row_prompt, prompt_mask, room=max_new_tokens)
 
     # All draws are made here, one uniform a token, so what a row says does not depend on which rows are still alive.
     uniform = torch.rand(max_new_tokens, B, generator=generator, device=device)
     response = torch.zeros(B, max_new_tokens, dtype=torch.int64, device=device)
     logp = torch.zeros(B, max_new_tokens, device=device)
     length = torch.full((B,), max_new_tokens, device=device)                    # until a stop token says otherwise
-    alive = torch.arange(B, device=device)             # the rows in the cache; finished ones leave at the next look
-    for t in range(max_new_tokens):
-        scores = policy.logits(hidden) / temperature                            # (alive, V) fp32
-        all_logp = scores.log_softmax(-1)
-        token = draw(all_logp.exp(), uniform[t, alive])                         # (alive,)
+    alive = torch.arange(B, device=device)             # the rows still stepped; finished ones leave at the next look
+    token, t = torch.zeros_like(alive), torch.zeros(1, dtype=torch.int64, device=device)
+
+    def pick(hidden):
+        """Draw token number t of the rows alive and note it. Tensors only, written in place: a CUDA graph can hold it."""
+        all_logp = stepper.logits(hidden, temperature).log_softmax(-1)          # (alive, V) fp32
+        token.copy_(draw(all_logp.exp(), uniform[t, alive]))                    # (alive,)
         response[alive, t] = token
         logp[alive, t] = all_logp.gather(1, token[:, None])[:, 0]
-        stopped = torch.isin(token, stop_ids)
-        length[alive] = torch.where(stopped, length[alive].clamp(max=t + 1), length[alive])
-        if t + 1 == max_new_tokens:
-            break
-        if (t + 1) % LOOK_EVERY == 0:
-            going = (length[alive] > t + 1).nonzero()[:, 0]
+        stopped = (token[:, None] == stop_ids).any(1)
+        length[alive] = torch.minimum(length[alive], torch.where(stopped, t + 1, max_new_tokens))
+        t.add_(1)
+
+    pick(hidden[row_prompt])
+    replay, span = None, 0
+    for done in range(1, max_new_tokens):
+        if done % LOOK_EVERY == 0:
+            going = (length[alive] > done).nonzero()[:, 0]
             if len(going) == 0:
                 break
             if len(going) < 0.8 * len(alive):          # drop finished rows where it pays for the copy
-                alive, token, cache = alive[going], token[going], cache.select(going, room=cache.room)
-        mask = None if seen is None else seen[alive, :P + t + 1]
-        hidden = policy(token[:, None], mask, cache)[:, -1]                     # (alive, D)
+                alive, token, replay = alive[going], token[going], None
+                stepper.keep(going)
+        if device.type == "cuda" and not any(stepper.windows):
+            if replay is None or P + done > span:      # a graph has fixed shapes: one for each SPAN slots, as rows are dropped
+                span = min(P + max_new_tokens, -(-(P + done) // SPAN) * SPAN)
+                replay = capture(lambda: pick(stepper.step(token, span)), (token, t, stepper.slot))
+            replay()
+        else:
+            pick(stepper.step(token, P + done))
 
     T = int(length.max())
     mask = torch.arange(T, device=device) < length[:, None]                     # (B, T)
@@ -104,6 +115,25 @@ def encode(tokenizer, prompts, device):
     begun = bool(tokenizer.bos_token) and prompts[0].startswith(tokenizer.bos_token)
     batch = tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt", add_special_tokens=not begun)
     return batch.input_ids.to(device), batch.attention_mask.bool().to(device)
+
+
+def capture(step, state):
+    """`step`, which launches some hundred small kernels, as one CUDA graph; a function that runs it again.
+
+    step reads and writes the same tensors each time. Of these, `state` must come back from the trial run as they were:
+    the others are written with the same values again.
+    """
+    before, stream = [x.clone() for x in state], torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):                    # a trial run: libraries set themselves up outside the graph
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    for x, value in zip(state, before):
+        x.copy_(value)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
 
 
 def draw(probs, uniform):

@@ -24,8 +24,8 @@ import json
 import math
 import os
 import random
+import shlex
 import signal
-import struct
 import sys
 import time
 from pathlib import Path
@@ -37,12 +37,15 @@ from tqdm import tqdm
 
 import losses
 import policy as policy_module
-from eval import (Parser, add_task_flags, evaluate, explain, make_task, pick_device, summary, table, write_json)
+from eval import (SETTING, Parser, add_task_flags, evaluate, explain, make_task, pick_device, read_flags, summary, table,
+                  write_json)
 from policy import token_logprobs
 from sample import Rollout, chat, encode, sample
 
 BUCKETS = 4                   # groups of like answer length in one forward pass
 BAD_STEPS = 3                 # this many steps in a row with a NaN or infinite gradient end the run
+# What may be another when a run goes on: its length, what cures a NaN or a lack of memory, and what is shown or saved.
+FREE = ("steps", "lr", "micro_batch", "rows", "save_every", "show_every", "eval_problems", "eval_samples", "out")
 
 
 # ------------------------------------------------------------------------------------------------------------- one step
@@ -107,11 +110,26 @@ def train_step(policy, optimizer, rollout, rewards, loss_fn, group_size, *, temp
                      "entropy": (torch.where(mask, entropy.detach(), 0).sum() / mask.sum()).item()}
     stats["bad"] = not (math.isfinite(norm) and math.isfinite(stats["loss"]))
     if stats["bad"]:
-        doubtful = ~(torch.where(mask, logp.detach(), 0).isfinite().all(1))[mine] | ~gradients[0].isfinite().all(1)
-        stats["bad_rows"] = doubtful.nonzero()[:, 0].tolist()
+        stats["bad_rows"] = culprits(policy, rollout, gradients, group_size, temperature)
     else:
         optimizer.step()
     return stats
+
+
+def culprits(policy, rollout, gradients, group_size, temperature):
+    """The rows to blame for a NaN or infinite step -> list: those whose log-probability is bad; else those whose gradient in
+    it is; else those that, pushed through the model alone, give bad gradients in the weights."""
+    bad = lambda x: ~x.isfinite().all(1)               # (B, T) -> (B,)
+    alone = []
+    for row in torch.arange(len(rollout.mask), device=rollout.mask.device).split(1):
+        policy.zero_grad()
+        outputs = score(policy, rollout, row, group_size, temperature)
+        torch.autograd.backward(outputs, [g[row].nan_to_num() for g in gradients])
+        norm = full(torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0))
+        alone.append(torch.stack([bad(outputs[0])[0], bad(gradients[0])[row][0], ~norm.isfinite()]))
+    policy.zero_grad()
+    symptoms = torch.stack(alone).T                    # (3, B), the earlier in the chain first
+    return next((rows.nonzero()[:, 0].tolist() for rows in symptoms if rows.any()), [])
 
 
 # ------------------------------------------------------------------------------------------------- several processes
@@ -248,30 +266,39 @@ def save_checkpoint(folder, policy, optimizer, step, rng, generator):
     tensors["generator"] = gather(generator.get_state()[None])                  # (processes, bytes)
     if rank() > 0:
         return
-    facts = {"step": str(step), "rng": json.dumps(rng.getstate()), "digest": digest(tensors)}
+    facts = {"step": str(step), "rng": json.dumps(rng.getstate())}
+    facts["digest"] = digest(tensors, facts)
     file = Path(folder) / f"{step:07d}.safetensors"
     file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_suffix(".tmp")
+    aside = file.with_name("next.tmp")                 # always this name: what a killed run leaves is written over
     save_file({name: x.contiguous() for name, x in tensors.items()}, aside, metadata=facts)
     with open(aside, "rb") as written:
         os.fsync(written.fileno())
     os.replace(aside, file)
-    for old in sorted(file.parent.glob("*.safetensors"))[:-2]:
-        old.unlink()
+    files = sorted(file.parent.glob("*.safetensors"))
+    at = files.index(file)                             # later ones are damaged: this run went on from before them
+    for other in files[:max(0, at - 1)] + files[at + 1:]:
+        other.unlink()
 
 
 def load_checkpoint(folder, policy, optimizer, rng, generator):
-    """Restore the newest whole checkpoint in place -> its step. A damaged one is named, and the one before it is used."""
+    """Restore the newest whole checkpoint in place -> its step, 0 if the run was stopped before the first. A damaged one is
+    named, and the one before it is used."""
     from safetensors import SafetensorError, safe_open
-    for file in sorted(Path(folder).glob("*.safetensors"), reverse=True):
+    files = sorted(Path(folder).glob("*.safetensors"), reverse=True)
+    for file in files:
         try:
             with safe_open(file, framework="pt") as opened:
                 facts, tensors = opened.metadata(), {name: opened.get_tensor(name) for name in opened.keys()}
-            if facts["digest"] != digest(tensors):
+            if facts.pop("digest") != digest(tensors, facts):
                 raise ValueError("its checksum is wrong")
-        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
             print(f"{file} is damaged ({error}); trying the one before it.", file=sys.stderr)
             continue
+        if len(tensors["generator"]) != world():
+            raise ValueError(f"the run has {len(tensors['generator'])} processes: it cannot go on with {world()}.")
+        if any(tensors[f"weight.{name}"].shape != w.shape for name, w in policy.named_parameters()):
+            raise ValueError(f"{file} is of another model than the one the run starts from now.")
         for name, w in policy.named_parameters():
             state = {key: tensors[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
             place(w.data, tensors[f"weight.{name}"])
@@ -281,7 +308,9 @@ def load_checkpoint(folder, policy, optimizer, rng, generator):
         rng.setstate((version, tuple(internal), gauss))
         generator.set_state(tensors["generator"][rank()].clone())
         return int(facts["step"])
-    raise ValueError(f"'{folder}' holds no usable checkpoint; start the run anew under another --name.")
+    if files:
+        raise ValueError(f"'{folder}' holds no usable checkpoint; start the run anew under another --name.")
+    return 0
 
 
 def place(destination, whole):
@@ -292,12 +321,12 @@ def place(destination, whole):
     return destination.copy_(whole)
 
 
-def digest(tensors):
-    """SHA-256 over names, shapes and bytes: a flipped bit is noticed."""
-    total = hashlib.sha256()
+def digest(tensors, facts):
+    """SHA-256 over names, shapes and bytes, and over the facts beside them: a flipped bit is noticed."""
+    total = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for name in sorted(tensors):
         x = tensors[name].contiguous()
-        total.update(f"{name}{tuple(x.shape)}".encode())
+        total.update(f"{name}{x.dtype}{tuple(x.shape)}".encode())
         total.update(x.reshape(-1).view(torch.uint8).numpy())
     return total.hexdigest()
 
@@ -356,8 +385,8 @@ def parse(argv):
     if unknown:
         raise ValueError(f"'{unknown[0]}' is not a flag, nor an option of loss {known.loss}, which has: "
                          + (", ".join(f"--{name}" for name in hyperparameters(known.loss)) or "none") + ".")
-    check(args)
     args.name = args.name or args.loss
+    check(args)
     return args
 
 
@@ -371,13 +400,21 @@ def check(args):
     for name in ("dynamic_sampling", "warmup", "micro_batch", "eval_problems"):
         need(getattr(args, name) >= 0, f"--{name.replace('_', '-')} must not be negative.")
     need(args.group_size >= 2, "--group-size must be at least 2: with one answer a group there is nothing to compare it with.")
-    need(args.temperature > 0, "--temperature must be above 0: training scores what was sampled.")
+    need(0 < args.temperature < math.inf, "--temperature must be above 0: training scores what was sampled.")
     need(args.model or args.task == "countdown" and args.prompt in (None, "bare"),
          "the tiny policy knows digits and operators only: --task math and --prompt other than bare need --model.")
-    need(args.lr > 0 and args.grad_clip > 0, "--lr and --grad-clip must be above 0.")
+    need(0 < args.lr < math.inf and args.grad_clip > 0, "--lr and --grad-clip must be above 0.")
+    need(0 <= args.seed < 2 ** 63, "--seed must be from 0 to 2**63 - 1.")
+    need(args.name != args.base or args.model, "--name and --base must differ: the start is kept apart from the runs.")
+    need(args.task == "math" or args.eval_data is None, "--eval-data belongs to --task math.")
     need(args.prompts % args.updates == 0, f"--updates {args.updates} does not divide --prompts {args.prompts}.")
     need(args.prompts // args.updates % world() == 0,
          f"{world()} processes do not divide the {args.prompts // args.updates} prompts of an update.")
+    # A trial call on one group: the loss itself knows best what its options may be.
+    own = {name: getattr(args, name) for name in hyperparameters(args.loss) if getattr(args, name) is not None}
+    batch, rewards = torch.full((args.group_size, 1), -1.0), (torch.arange(args.group_size) == 0).float()
+    loss, _ = variants()[args.loss](batch, batch, batch < 0, rewards, args.group_size, entropy=-batch, ref_logp=batch, **own)
+    need(loss.isfinite(), f"the options of --loss {args.loss} make its value {loss}.")
 
 
 # --------------------------------------------------------------------------------------------------------------- the run
@@ -392,13 +429,18 @@ def start_policy(args, device, dtype):
             raise ValueError(f"'{base}' is not there yet: make it once in a single process, without torchrun.")
         policy, tokenizer = policy_module.tiny(seed=args.seed)
         task = make_task(args, tokenizer)
+        base.mkdir(parents=True, exist_ok=True)
+        lock = lock_file(base / "lock")                # held until this function returns: one process makes the base
         warm_start(policy.to(device), tokenizer, task, args.warm_steps, seed=args.seed, say=tqdm.write)
-        flags = {key: getattr(args, key) for key in ("task", "prompt", "counts", "high", "targets", "max_new_tokens")}
+        flags = {key: getattr(args, key) for key in SETTING}
         write_json(base / "flags.json", flags | {"warm_steps": args.warm_steps, "seed": args.seed})
         policy_module.save(policy, tokenizer, base / "model")
     policy, tokenizer = policy_module.load(base / "model", device, dtype)
     make_task(args, tokenizer)                         # fills in what the flags leave open
-    made = json.loads((base / "flags.json").read_text())
+    made = read_flags(base / "flags.json")
+    if tokenizer.unk_token_id in tokenizer(policy_module.CHARACTERS).input_ids:
+        raise ValueError(f"'{base}' was made with another tokenizer, which lacks some of '{policy_module.CHARACTERS}': "
+                         "name another start with --base.")
     for key in ("counts", "high", "targets", "prompt"):
         if made[key] != getattr(args, key):
             raise ValueError(f"'{base}' was warm-started with {key} {made[key]}, not {getattr(args, key)}: "
@@ -415,14 +457,14 @@ def open_run(args):
     if (folder / "flags.json").is_file():
         if not args.resume:
             raise ValueError(f"'{folder}' holds a run already: go on with --resume, or choose another --name.")
-        before = json.loads((folder / "flags.json").read_text())
+        before = read_flags(folder / "flags.json")
         for key in flags | before:
-            if flags.get(key) != before.get(key) and key != "steps":
+            if flags.get(key) != before.get(key) and key not in FREE:
                 raise ValueError(f"--resume goes on with the run's own flags, but {key} was {before.get(key)} and is "
                                  f"{flags.get(key)} now.")
     elif args.resume:
-        raise ValueError(f"there is no run to resume in '{folder}'.")
-    elif folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"there is no run to resume in '{folder}': without --resume it is started.")
+    elif folder.exists() and {file.name for file in folder.iterdir()} - {"lock", "flags.json.tmp"}:
         raise ValueError(f"'{folder}' is not empty and holds no run: choose another --name.")
     folder.mkdir(parents=True, exist_ok=True)
     lock = lock_file(folder / "lock")
@@ -438,12 +480,31 @@ def lock_file(path):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except ImportError:                                # Windows: no lock
         pass
-    except OSError:
+    except BlockingIOError:
         raise ValueError(f"another process is writing to '{path.parent}': wait for it, or choose another --name.")
     return file
 
 
+def on_signal(sentence, stop=None):
+    """From now on Ctrl-C and SIGTERM end the process with `sentence`. With a list `stop` they fill it, and the loop leaves
+    after its step; only the third signal does not wait (torchrun passes on what the terminal has sent already)."""
+    def handler(number, frame):
+        if stop is None or len(stop) == 2:
+            raise KeyboardInterrupt(number, sentence)
+        stop.append(number)
+    for sign in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(sign, handler)
+
+
+def command(argv, *more):
+    """The command that was typed, and `more`, ready to be pasted."""
+    typed = sys.argv[1:] if argv is None else list(argv)
+    start = ["torchrun", f"--nproc_per_node={world()}"] if world() > 1 else [sys.executable]
+    return shlex.join([*start, __file__, *typed, *(flag for flag in more if flag not in typed)])
+
+
 def run(argv=None):
+    on_signal(f"stopped before the first step; start again with: {command(argv)}")
     args = parse(argv)
     if "LOCAL_RANK" in os.environ and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -468,12 +529,12 @@ def run(argv=None):
     rng = random.Random(args.seed)
     generator = torch.Generator(policy.device).manual_seed(args.seed + 7919 * rank())
     done = load_checkpoint(folder / "checkpoints", policy, optimizer, rng, generator) if args.resume else 0
+    if done >= args.steps and rank() == 0:
+        print(f"all {done} steps are done already" + (", only the table is made." if args.eval_problems else "."), flush=True)
 
     log = open_log(folder / "log.csv", done)
-    stop = []                                          # a signal asks; the loop saves and leaves after its step
-    for sign in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(sign, lambda number, frame: stop.append(number) if not stop else sys.exit(130))
-    bad = 0
+    again, stop, bad = command(argv, "--resume"), [], 0
+    on_signal(f"stopped within a step; go on from the last checkpoint with: {again}", stop)
     bar = tqdm(range(done + 1, args.steps + 1), initial=done, total=args.steps, disable=not sys.stderr.isatty())
     for step in bar:
         began = time.time()
@@ -510,13 +571,16 @@ def run(argv=None):
             if step % args.show_every == 0 or step == done + 1:
                 tqdm.write(f"    {task.prompt(problems[0])!r} -> {rollout.texts[0]!r}  reward {rewards[0]:.0f}")
         if bad == BAD_STEPS:
-            raise ValueError(f"{BAD_STEPS} steps in a row gave a NaN or infinite gradient; the last good checkpoint is in "
-                             f"'{folder / 'checkpoints'}'. A smaller --lr usually helps.")
-        if not bad and (step % args.save_every == 0 or step == args.steps or stop):
+            newest = max((folder / "checkpoints").glob("*.safetensors"), default="none yet")
+            raise ValueError(f"{BAD_STEPS} steps in a row gave a NaN or infinite gradient; the last good checkpoint is {newest}: "
+                             "go on from it with --resume and a smaller --lr.")
+        leave = gather(torch.tensor([float(len(stop))])).any()                  # a signal may reach one process a step earlier
+        if step % args.save_every == 0 or step == args.steps or leave:          # a skipped step left good weights, too
             save_checkpoint(folder / "checkpoints", policy, optimizer, step, rng, generator)
-        if stop:
-            print(f"stopped after step {step}; go on with: python train.py {' '.join(sys.argv[1:])} --resume", flush=True)
-            return 130
+        if leave:
+            print(f"stopped after step {step}, all saved; go on with: {again}", flush=True)
+            return 128 + max(stop, default=signal.SIGTERM)
+    on_signal(f"stopped after the last step, all saved; the table is made by: {again}")
     save_model(policy, tokenizer, folder / "model")
     if args.eval_problems and rank() == 0:
         compare(start, folder, tokenizer, args, device, dtype)
@@ -572,19 +636,16 @@ def show_line(line):
 
 def complain(step, stats, rollout, rows):
     """Which rows made the gradient NaN or infinite, with their text."""
-    culprits = [rollout.texts[rows[row]] for row in stats["bad_rows"][:3]]
-    return (f"step {step}: loss {stats['loss']}, gradient norm {stats['grad_norm']}; the weights were left as they were. "
-            + (f"Rows with bad log-probabilities: {culprits}" if culprits else "All log-probabilities were finite."))
+    named = [f"row {int(rows[row])} {rollout.texts[rows[row]][:200]!r}" for row in stats["bad_rows"]]
+    return (f"step {step} is skipped, weights and optimiser stay as they were: loss {stats['loss']}, gradient norm "
+            f"{stats['grad_norm']}, caused by {', '.join(named[:3]) or 'no row alone'}" + " and others" * (len(named) > 3))
 
 
 def open_log(path, done):
     """log.csv, cut back to the steps that the checkpoint knows; a file open for appending."""
     if rank() > 0:
         return None
-    kept = []
-    if done and path.is_file():
-        lines = path.read_text().splitlines()
-        kept = lines[:1] + [line for line in lines[1:] if line.split(",")[0].isdigit() and int(line.split(",")[0]) <= done]
+    kept = path.read_text().splitlines()[:done + 1] if done and path.is_file() else []    # one line a step, below the head
     aside = path.with_suffix(".tmp")
     aside.write_text("".join(line + "\n" for line in kept))
     os.replace(aside, path)
@@ -592,11 +653,12 @@ def open_log(path, done):
 
 
 def write_line(log, line):
-    writer = csv.DictWriter(log, line)
+    writer = csv.DictWriter(log, line, lineterminator="\n")
     if log.tell() == 0:
         writer.writeheader()
     writer.writerow({name: f"{value:.6g}" if isinstance(value, float) else value for name, value in line.items()})
     log.flush()
+    os.fsync(log.fileno())
 
 
 def save_model(policy, tokenizer, path):
@@ -628,7 +690,11 @@ def main(argv=None):
     """Run, and turn what a user can get wrong into one sentence and exit code 2."""
     try:
         return run(argv)
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+    except KeyboardInterrupt as interrupt:             # from on_signal: in the loop a signal only ends the step
+        number, sentence = interrupt.args
+        print(sentence, file=sys.stderr)
+        return 128 + number
+    except Exception as error:
         print(f"error: {explain(error)}", file=sys.stderr)
         return 2
     finally:

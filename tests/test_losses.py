@@ -3,21 +3,22 @@
     pytest tests/test_losses.py                     # grades losses.py
     IMPL=my_losses pytest tests/test_losses.py      # grades my_losses.py, on sys.path or in the current folder
 
-A function that is missing fails its own tests by name and no others. Nothing falls back to ours. A failure says in words what
-is wrong, and where the number is the one that a well-known bug gives, it names the bug.
+A function that is missing fails its own tests by name and no others. Nothing falls back to ours. A failure says in
+words what is wrong, and where the number is the one that a well-known bug gives, it names the bug.
 
 Four kinds of test: worked numbers that can be redone on paper; a second implementation in plain Python lists and loops
-(`oracle`), against which every loss and gradient is compared on a ragged random batch; exact expected gradients, by going
-through every possible group of a softmax policy; and properties: what must change nothing, and what must change something.
+(`oracle`), against which every loss and gradient is compared on a ragged random batch; exact expected gradients, by
+going through every possible group of a softmax policy; and properties: what must change nothing, and what must.
 
-What they are built to catch, most frequent first: no clip, clip on the wrong side or with its two widths swapped; std with
-ddof 1, or over the batch; interleaved groups; eps under the root; a mask that is off by one; the mean of means; a wrong
-aggregator, or the padded width as a constant; old_logp, weights or advantages not detached; a sign (loss, KL, entropy,
-smoothing); the KL direction; an entropy without gradient; writing into an argument; gammas swapped; a smoothing term that is
-silently zero, added before normalisation, taken from logp or summed over padding; "correct" read as r > 0; sum for mean in a
-likelihood; pass@k at its edges; NaN out of padding; empty masks; misspelt or incomplete options that are silently accepted.
+What they are built to catch, most frequent first: no clip, clip on the wrong side or with its two widths swapped; std
+with ddof 1, or over the batch; interleaved groups; eps under the root; a mask that is off by one; the mean of means; a
+wrong aggregator, or the padded width as a constant; old_logp, weights or advantages not detached; a sign (loss, KL,
+entropy, smoothing); the KL direction; an entropy without gradient; writing into an argument; gammas swapped; a
+smoothing term that is silently zero, added before normalisation, taken from logp or summed over padding; "correct"
+read as r > 0; sum for mean in a likelihood; pass@k at its edges; NaN out of padding; empty masks; misspelt or
+incomplete options that are silently accepted. tests/mutants.py puts each of them into losses.py and watches.
 
-Everything runs in float64 with B, T, G and V all different, ragged masks and NaN in the padding, unless a test says otherwise.
+Everything runs in float64 with B, T, G and V all different, ragged masks and NaN in the padding, unless said otherwise.
 """
 import importlib
 import inspect
@@ -58,6 +59,8 @@ ALL = {"reinforce": {}, "rloo": {}, "grpo": {}, "dr_grpo": dict(max_len=10), "da
        "w_reinforce": {}, "maxrl": {}, "ucpo": {}, "focal": {}, "sft": {}, "rft": {}}
 CLIPPED = ["grpo", "entropy", "diffsmooth", "diffsmooth_reward", "unlikeliness", "passk", "pkpo", "w_reinforce", "maxrl",
            "ucpo", "focal"]                            # these take clip_low, clip_high, beta and agg
+AGGREGATOR = {"reinforce": "seq_sum", "rloo": "seq_sum", "dr_grpo": "seq_const", "dapo": "token_mean",
+              "cispo": "token_mean", "sft": "token_mean", "rft": "token_mean"}      # of those that have no choice
 RL = [name for name in ALL if name not in ("sft", "rft")]
 CORRECT_IS_ONE = ["diffsmooth", "diffsmooth_reward", "passk", "pkpo", "w_reinforce", "ucpo", "focal", "rft"]
 every = pytest.mark.parametrize("name", ALL)
@@ -76,19 +79,20 @@ def check(what, actual, expected, atol=1e-7, rtol=1e-5, bugs=None):
     near = lambda x: actual.shape == x.shape and torch.allclose(actual, x, rtol=rtol, atol=atol)
     if near(expected):
         return
-    show = lambda x: f"{x.item():.7g}" if x.dim() == 0 else str([round(v, 6) for v in x.flatten().tolist()])
+    numbers = lambda x: ", ".join(f"{v:.7g}" for v in x.flatten()[:8].tolist()) + (", ..." if x.numel() > 8 else "")
+    show = lambda x: numbers(x) if x.dim() == 0 else f"[{numbers(x)}]"
     guess = [bug for bug, value in (bugs or {}).items() if near(tensor(value))]
-    hint = f" This number is what you get with: {guess[0]}." if guess else ""
+    hint = f" This number is what you get with: {' or: '.join(guess)}." if guess else ""
     pytest.fail(f"{what}: it should be {show(expected)}, but is {show(actual)}.{hint}")
 
 
 def run(name, logp, old_logp, mask, rewards, group_size, **options):
-    """Call loss `name` -> (loss, d loss / d logp (B, T), stats), all detached; the loss must be a scalar on logp's graph."""
+    """Call loss `name` -> (loss, d loss / d logp (B, T), stats), all detached."""
     __tracebackhide__ = True
     leaf = logp.detach().clone().requires_grad_()
     loss, stats = getattr(L, name)(leaf, old_logp, mask, rewards, group_size, **options)
     if loss.dim() != 0 or not loss.requires_grad:
-        pytest.fail(f"{name}: the loss must be a 0-dim tensor that depends on logp, even where it is 0, so that backward() works.")
+        pytest.fail(f"{name}: the loss must be a 0-dim tensor on logp's graph, even where it is 0, for backward() to work.")
     gradient, = torch.autograd.grad(loss, leaf, allow_unused=True)
     if gradient is None:
         pytest.fail(f"{name}: the loss is cut off from logp, so that nothing would be learnt.")
@@ -96,7 +100,7 @@ def run(name, logp, old_logp, mask, rewards, group_size, **options):
 
 
 def advantages(name, rewards, group_size, old_logp=None, mask=None, **options):
-    """A (B,), read off the on-policy gradient: per row -A_i / B under seq_mean, and under any agg for one-token answers."""
+    """A (B,), read off the on-policy gradient, which is -A_i / B a row under seq_mean, and for one-token answers always."""
     rewards = tensor(rewards) if isinstance(rewards, (list, tuple)) else rewards
     old = torch.full((len(rewards), 1), -0.7, dtype=F64) if old_logp is None else old_logp
     mask = torch.ones_like(old) if mask is None else mask
@@ -125,7 +129,6 @@ class Worked:
     rewards = tensor([1, 1, 0, 0, 1, 0, 0, 0])
     lengths = torch.tensor([1, 2, 3, 2, 3, 2, 1, 3])
     mask = (torch.arange(3) < lengths[:, None]).to(F64)
-    n_tok = 17
     _wide = lambda values: tensor(values)[:, None].repeat(1, 3)
     _shift = _wide([.3, -.1, NAN, -.3, .05, .4, -.4, 0])
     _shift[2] = tensor([.1, -.1, .3])
@@ -136,14 +139,13 @@ class Worked:
     entropy = _wide([1.2] * 4 + [.4] * 4) + _blank
 
 
-def worked(name, logp=None, rewards=None, **options):
-    return run(name, Worked.logp if logp is None else logp, Worked.old_logp, Worked.mask,
-               Worked.rewards if rewards is None else rewards, Worked.G, entropy=Worked.entropy, ref_logp=Worked.ref_logp,
-               **options)
+def worked(name, rewards=Worked.rewards, **options):
+    return run(name, Worked.logp, Worked.old_logp, Worked.mask, rewards, Worked.G, entropy=Worked.entropy,
+               ref_logp=Worked.ref_logp, **options)
 
 
 class Ragged:
-    """Five groups of G = 4 (B = 20), T = 7: mixed, with a format reward of 0.1, all right, all wrong, with an empty row."""
+    """Five groups of G = 4, T = 7: mixed, with a format reward of 0.1, all right, all wrong, with an empty row."""
     G, B, T = 4, 20, 7
     rewards = tensor([1, 0, 0, 1, 1, .1, 0, 0, 1, 1, 1, 1, 0, 0, 0, 0, 0, 1, 1, 1])
     lengths = torch.tensor([3, 7, 1, 5, 2, 4, 6, 1, 5, 2, 7, 3, 4, 1, 6, 2, 7, 0, 3, 5])
@@ -156,32 +158,36 @@ class Ragged:
     entropy = 1 + _draw(4, .2).abs() + _blank
 
 
-def ragged(name, rewards=None, **options):
-    return run(name, Ragged.logp, Ragged.old_logp, Ragged.mask, Ragged.rewards if rewards is None else rewards, Ragged.G,
-               entropy=Ragged.entropy, ref_logp=Ragged.ref_logp, **options)
+def ragged(name, rewards=Ragged.rewards, **options):
+    return run(name, Ragged.logp, Ragged.old_logp, Ragged.mask, rewards, Ragged.G, entropy=Ragged.entropy,
+               ref_logp=Ragged.ref_logp, **options)
 
 
 # ---------------------------------------------------------------------------------------------------- the contract
 
 @every
 def test_signature(name):
-    """f(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp=None, <options with int, float or str defaults>)."""
+    """f(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp=None, <int, float or str options>)."""
     parameters = inspect.signature(getattr(L, name)).parameters
     first = list(parameters)[:5]
-    assert first == ["logp", "old_logp", "mask", "rewards", "group_size"], f"{name} must start with the five tensors' names"
+    assert first == ["logp", "old_logp", "mask", "rewards", "group_size"], \
+        f"{name} must start with the five tensors' names"
     for key, p in list(parameters.items())[5:]:
-        assert p.kind is p.KEYWORD_ONLY, f"{name}: '{key}' must be keyword-only (a **kwargs would swallow misspelt options)"
+        assert p.kind is p.KEYWORD_ONLY, \
+            f"{name}: '{key}' must be keyword-only (a **kwargs would swallow misspelt options)"
         if key in ("entropy", "ref_logp"):
             assert p.default is None, f"{name}: '{key}' must default to None"
         else:
-            assert type(p.default) in (int, float, str), f"{name}: '{key}' becomes a flag and needs a number or a word as default"
+            assert type(p.default) in (int, float, str), \
+                f"{name}: '{key}' becomes a flag and needs a number or a word as default"
     assert {"entropy", "ref_logp"} <= set(parameters), f"{name} must accept entropy and ref_logp, used or not"
 
 
-DEFAULTS = {"reinforce": dict(baseline=0, beta=0), "rloo": dict(beta=0), "grpo": {}, "dr_grpo": dict(clip_low=.2, clip_high=.2,
-            max_len=512), "dapo": dict(clip_low=.2, clip_high=.28), "gspo": dict(clip_low=3e-4, clip_high=4e-4),
-            "cispo": dict(clip_low=1, clip_high=4), "entropy": dict(entropy_coef=1e-3), "diffsmooth": {},
-            "diffsmooth_reward": {}, "unlikeliness": dict(rank_coef=.25), "passk": dict(k=4), "pkpo": dict(k=4),
+DEFAULTS = {"reinforce": dict(baseline=0, beta=0), "rloo": dict(beta=0), "grpo": {},
+            "dr_grpo": dict(clip_low=.2, clip_high=.2, max_len=512), "dapo": dict(clip_low=.2, clip_high=.28),
+            "gspo": dict(clip_low=3e-4, clip_high=4e-4), "cispo": dict(clip_low=1, clip_high=4),
+            "entropy": dict(entropy_coef=1e-3), "diffsmooth": {}, "diffsmooth_reward": {},
+            "unlikeliness": dict(rank_coef=.25), "passk": dict(k=4), "pkpo": dict(k=4),
             "w_reinforce": dict(w_pos=.1, w_neg=1), "maxrl": {}, "ucpo": dict(tau=.2), "focal": dict(focal_gamma=.5)}
 
 
@@ -210,14 +216,15 @@ def test_stats_are_a_flat_dict_of_floats(name):
     for key in ("adv_abs", "ratio_max", "clip_frac", "zero_std_frac", "kl_old"):
         assert key in stats, f"{name}: stats lacks '{key}'"
     for key, value in stats.items():
-        assert type(value) is float and math.isfinite(value), f"{name}: stats['{key}'] must be a finite Python float, not {value!r}"
+        assert type(value) is float and math.isfinite(value), \
+            f"{name}: stats['{key}'] must be a finite Python float, not {value!r}"
 
 
 @every
 def test_nothing_is_written_into_the_arguments(name):
     """Clones taken before the call equal the arguments after it; mask and rewards may be expanded views of one number."""
-    given = dict(logp=Ragged.logp, old_logp=Ragged.old_logp, mask=Ragged.mask, rewards=Ragged.rewards, entropy=Ragged.entropy,
-                 ref_logp=Ragged.ref_logp)
+    given = dict(logp=Ragged.logp, old_logp=Ragged.old_logp, mask=Ragged.mask, rewards=Ragged.rewards,
+                 entropy=Ragged.entropy, ref_logp=Ragged.ref_logp)
     given = {key: x.clone() for key, x in given.items()}
     kept = {key: x.clone() for key, x in given.items()}
     getattr(L, name)(group_size=Ragged.G, **given, **ALL[name])
@@ -238,7 +245,8 @@ def test_old_and_reference_log_probabilities_are_constants(name):
     leaf = W.logp.clone().requires_grad_()
     same, = torch.autograd.grad(getattr(L, name)(leaf, leaf, *rest, entropy=W.entropy, **options)[0], leaf)
     _, apart, _ = run(name, W.logp, W.logp.clone(), *rest, entropy=W.entropy, **options)
-    check(f"{name}: gradient with logp itself as old_logp (old_logp, weights and advantages must be detached)", same, apart)
+    check(f"{name}: gradient with logp itself as old_logp (old_logp, weights and advantages must be detached)", same,
+          apart)
     leaf, old, ref = (x.clone().requires_grad_() for x in (W.logp, W.old_logp, W.ref_logp))
     if "beta" in inspect.signature(getattr(L, name)).parameters:
         options = dict(options, beta=0.04)
@@ -250,7 +258,7 @@ def test_old_and_reference_log_probabilities_are_constants(name):
 @every
 @pytest.mark.parametrize("garbage", [NAN, INF, -INF, 1e30])
 def test_padding_may_hold_anything(name, garbage):
-    """NaN, inf or 1e30 under mask 0 changes nothing, and its gradient is exactly 0: replace it before exp, since inf * 0 is NaN."""
+    """NaN, inf or 1e30 under mask 0 changes nothing and gets gradient 0: replace it before exp, since inf * 0 is NaN."""
     R, options = Ragged, dict(ALL[name])
     if "beta" in inspect.signature(getattr(L, name)).parameters:
         options["beta"] = 0.1
@@ -275,19 +283,22 @@ def test_first_and_last_generated_token_get_gradient(name):
     _, g, _ = run(name, R.old_logp, R.old_logp, R.mask, R.rewards, R.G, entropy=R.entropy, **options)
     i = 3                                              # a correct answer of 5 tokens in a mixed group
     assert g[i, 0] != 0, f"{name}: the first generated token of row {i} gets no gradient; is the mask shifted?"
-    assert g[i, 4] != 0, f"{name}: the last generated token (the stop token) of row {i} gets no gradient; is the mask shifted?"
+    assert g[i, 4] != 0, \
+        f"{name}: the last generated token (the stop token) of row {i} gets no gradient; is the mask shifted?"
+    check(f"{name}: number of tokens with a gradient in row {i}, which has 5", (g[i] != 0).sum(), 5)
 
 
 @every
 def test_float32_bool_mask_and_integer_rewards(name):
     """Training passes float32, a bool mask and perhaps integer rewards; the number is that of float64."""
     options = dict(ALL[name], entropy=Worked.entropy.float())
-    loss, g, _ = run(name, Worked.logp.float(), Worked.old_logp.float(), Worked.mask.bool(), Worked.rewards.long(), 4, **options)
+    loss, g, _ = run(name, Worked.logp.float(), Worked.old_logp.float(), Worked.mask.bool(), Worked.rewards.long(), 4,
+                     **options)
     assert loss.dtype == torch.float32, f"{name}: float32 in, so float32 out, not {loss.dtype}"
     check(f"{name}: loss in float32 with bool mask and integer rewards", loss, worked(name, **ALL[name])[0], 2e-6, 1e-5)
 
 
-# ------------------------------------------------------------------------------------------------------------- bad input
+# ------------------------------------------------------------------------------------------------------------ bad input
 
 def refused(what, call):
     """`call` must raise a ValueError of one sentence."""
@@ -386,26 +397,30 @@ def test_rewards_above_one_are_refused_where_correct_means_one(name):
 def test_a_nan_on_a_generated_token_is_not_hidden(name):
     logp = Ragged.logp.clone()
     logp[3, 2] = NAN                                   # a correct answer in a mixed group
-    loss, _, _ = run(name, logp, Ragged.old_logp, Ragged.mask, Ragged.rewards, Ragged.G, entropy=Ragged.entropy, **ALL[name])
-    assert loss.isnan(), f"{name}: NaN on a generated token must show in the loss, so that the loop can stop; it was masked away"
+    loss, _, _ = run(name, logp, Ragged.old_logp, Ragged.mask, Ragged.rewards, Ragged.G, entropy=Ragged.entropy,
+                     **ALL[name])
+    assert loss.isnan(), \
+        f"{name}: NaN on a generated token must show in the loss, so that the loop can stop; it was masked away"
 
 
-# ------------------------------------------------------------------------------------------------------------ edge cases
+# ----------------------------------------------------------------------------------------------------------- edge cases
 
 @every
 def test_empty_mask(name):
     """No token at all: loss 0 and gradient 0, not 0/0, and backward works."""
     nothing = torch.full((6, 5), NAN, dtype=F64)
-    loss, g, _ = run(name, nothing, nothing, torch.zeros(6, 5, dtype=F64), tensor([1, 0, 1, 0, 0, 1]), 3, entropy=nothing,
-                     **ALL[name])
-    assert loss == 0, f"{name}: with an all-zero mask the loss must be 0, but is {loss.item()} (clamp the denominators to 1)"
+    loss, g, _ = run(name, nothing, nothing, torch.zeros(6, 5, dtype=F64), tensor([1, 0, 1, 0, 0, 1]), 3,
+                     entropy=nothing, **ALL[name])
+    assert loss == 0, \
+        f"{name}: with an all-zero mask the loss must be 0, but is {loss.item()} (clamp the denominators to 1)"
     assert not g.any(), f"{name}: with an all-zero mask the gradient must be 0"
 
 
 @pytest.mark.parametrize("name", [n for n in ALL if n not in ("rloo", "passk", "pkpo")])
 def test_groups_of_one(name):
     """G = 1: nothing to compare with, so group-relative advantages are 0; never NaN (std with ddof 1 would be 0/0)."""
-    loss, g, _ = run(name, Worked.logp, Worked.old_logp, Worked.mask, Worked.rewards, 1, entropy=Worked.entropy, **ALL[name])
+    loss, g, _ = run(name, Worked.logp, Worked.old_logp, Worked.mask, Worked.rewards, 1, entropy=Worked.entropy,
+                     **ALL[name])
     assert loss.isfinite() and g.isfinite().all(), f"{name}: groups of one must give a finite loss and gradient"
     if name in ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "entropy", "maxrl", "unlikeliness", "focal", "ucpo"):
         assert not g.any(), f"{name}: in a group of one the advantage must be 0"
@@ -420,7 +435,8 @@ def test_an_all_masked_group_changes_nothing(name):
     options["entropy"] = empty(R.entropy, NAN)
     longer, g_longer, _ = run(name, empty(R.logp, NAN), empty(R.old_logp, NAN), empty(R.mask, 0.0),
                               torch.cat([R.rewards, tensor([1, 0, 1, 0])]), R.G, **options)
-    check(f"{name}: loss after appending a group without tokens (rows without tokens must not be counted)", longer, loss)
+    check(f"{name}: loss after appending a group without tokens (rows without tokens must not be counted)", longer,
+          loss)
     check(f"{name}: gradient after appending a group without tokens", g_longer[:R.B], g)
     assert not g_longer[R.B:].any(), f"{name}: rows without tokens must get no gradient"
 
@@ -445,19 +461,24 @@ def test_a_group_of_equal_rewards_gives_no_gradient_but_stays_in_the_denominator
     _, both, _ = run(name, old, old, mask, tensor([1, 0, 0, 1, 1, 1, 1, 1]), 4)
     assert alone.any(), f"{name}: a mixed group must give a gradient"
     assert not both[4:].any(), f"{name}: a group of equal rewards must give no gradient"
-    check(f"{name}: gradient of a mixed group beside an all-correct one (its tokens stay in the denominators)", both[:4], alone / 2)
+    check(f"{name}: gradient of a mixed group beside an all-correct one (its tokens stay in the denominators)",
+          both[:4], alone / 2)
 
 
 @pytest.mark.parametrize("value", [0.1, 0.3, 0.7, 1 / 3, 0.9])
 def test_equal_rewards_are_exactly_zero_in_float32(value):
-    """In float32 the mean of equal numbers can be off by one in the last place; divided by 1e-6 that is an advantage of .01."""
+    """In float32 the mean of equal numbers can be off in the last place; divided by 1e-6 that is an advantage of .01."""
     for G in range(2, 40):
-        a = L.group_advantages(torch.full((2 * G,), value), G)
-        assert not a.any(), f"{G} equal rewards of {value:.3g} in float32 must give advantages of exactly 0, not {a.abs().max():.2g}"
+        rewards, old = torch.full((2 * G,), value), torch.full((2 * G, 1), -1.0)
+        assert not run("grpo", old, old, torch.ones(2 * G, 1), rewards, G)[1].any(), \
+            f"grpo: {G} equal rewards of {value:.3g} in float32 must give a gradient of exactly 0"
+        a = L.group_advantages(rewards, G)
+        assert not a.any(), \
+            f"{G} equal rewards of {value:.3g} in float32 must give advantages of exactly 0, not {a.abs().max():.2g}"
 
 
 def test_tiny_differences_become_full_size():
-    """Seven 1.0 and one 1 - 1e-5: A of that one is -8.75e-6 / (3.3072e-6 + 1e-6) = -2.0315; eps under the root gives -0.0087."""
+    """Seven 1.0 and one 1 - 1e-5: -8.75e-6 / (3.3072e-6 + 1e-6) = -2.0315; with eps under the root it is -0.0087."""
     a = L.group_advantages(tensor([1] * 7 + [1 - 1e-5]), 8)
     check("group_advantages, seven 1.0 and one 1 - 1e-5 (eps = 1e-6 outside the root)", a[7], -2.031497, 5e-5,
           bugs={"eps under the root": -0.00875, "eps 1e-4": -0.0847, "eps 1e-8": -2.63776, "no eps": -2.645751})
@@ -480,9 +501,10 @@ def test_passk_edges_are_finite(name, k):
             assert not a.any(), f"{name}, G 6, k {k}, c {c}: every {k}-subset has the same reward, so nothing is learnt"
 
 
-# -------------------------------------------------------------------------------------------- worked numbers: the pieces
+# ------------------------------------------------------------------------------------------- worked numbers: the pieces
 
-AGG = [("w_reinforce", dict(w_pos=1.0, w_neg=1.0, agg="seq_mean"), 0.0), ("w_reinforce", dict(w_pos=1.0, w_neg=1.0, agg="token_mean"), .5),
+AGG = [("w_reinforce", dict(w_pos=1.0, w_neg=1.0, agg="seq_mean"), 0.0),
+       ("w_reinforce", dict(w_pos=1.0, w_neg=1.0, agg="token_mean"), .5),
        ("w_reinforce", dict(w_pos=1.0, w_neg=1.0, agg="seq_sum"), 2.0), ("grpo", dict(agg="seq_mean"), 0.0),
        ("grpo", dict(agg="token_mean"), .499999), ("grpo", dict(agg="seq_sum"), 1.999996), ("dapo", {}, .499999),
        ("dr_grpo", dict(max_len=10), 0.1), ("gspo", {}, 0.0), ("rloo", {}, -1.0), ("cispo", {}, -.2499995)]
@@ -492,20 +514,22 @@ AGG = [("w_reinforce", dict(w_pos=1.0, w_neg=1.0, agg="seq_mean"), 0.0), ("w_rei
 def test_aggregators(name, options, expected):
     """Lengths 2 and 6, A = +1 and -1, on-policy, so each token loss is -A:
 
-    seq_mean (-1 + 1)/2 = 0;  token_mean (-2 + 6)/8 = .5;  seq_sum (-2 + 6)/2 = 2;  dr_grpo, A = +-.5, (-1 + 3)/2/10 = .1.
+    seq_mean (-1 + 1)/2 = 0; token_mean (-2 + 6)/8 = .5; seq_sum (-2 + 6)/2 = 2; dr_grpo, A = +-.5, (-1 + 3)/2/10 = .1.
     In rloo and cispo a token loss is -A logp = A/2 instead: rloo (1 - 3)/2 = -1, cispo (1 - 3)/8 = -.25.
     """
     mask = (torch.arange(7) < torch.tensor([[2], [6]])).to(F64)
     old = torch.full((2, 7), -0.5, dtype=F64)
     loss, g, _ = run(name, old, old, mask, tensor([1, 0]), 2, **options)
-    agg = options.get("agg", {"dapo": "token_mean", "cispo": "token_mean", "rloo": "seq_sum", "dr_grpo": "seq_const"}.get(name, "seq_mean"))
+    agg = options.get("agg", AGGREGATOR.get(name, "seq_mean"))
     check(f"{name} aggregates by {agg}: lengths 2 and 6, A = +1 and -1", loss, expected)
-    weight = {"seq_mean": (1 / 4, 1 / 12), "token_mean": (1 / 8, 1 / 8), "seq_sum": (1 / 2, 1 / 2), "seq_const": (1 / 40, 1 / 40)}[agg]
-    check(f"{name} aggregates by {agg}: gradient of the first tokens of both rows", g[:, 0], [-weight[0], weight[1]], rtol=3e-6)
+    weight = {"seq_mean": (1 / 4, 1 / 12), "token_mean": (1 / 8, 1 / 8), "seq_sum": (1 / 2, 1 / 2),
+              "seq_const": (1 / 40, 1 / 40)}[agg]
+    check(f"{name} aggregates by {agg}: gradient of the first tokens of both rows", g[:, 0], [-weight[0], weight[1]],
+          rtol=3e-6)
 
 
-CLIP = [(+1, 1.5, .2, -1.2, 0), (+1, 1.5, .28, -1.28, 0), (+1, .5, .2, -.5, -.5), (-1, .5, .2, .8, 0), (-1, 1.5, .2, 1.5, 1.5),
-        (-1, 5, .2, 5, 5), (+1, 1.1, .2, -1.1, -1.1), (-1, .9, .2, .9, .9)]
+CLIP = [(+1, 1.5, .2, -1.2, 0), (+1, 1.5, .28, -1.28, 0), (+1, .5, .2, -.5, -.5), (+1, 1.1, .2, -1.1, -1.1),
+        (-1, .5, .2, .8, 0), (-1, 1.5, .2, 1.5, 1.5), (-1, 5, .2, 5, 5), (-1, .9, .2, .9, .9)]
 
 
 @pytest.mark.parametrize("A, ratio, clip_high, loss, slope", CLIP)
@@ -526,26 +550,32 @@ def test_clip(name, A, ratio, clip_high, loss, slope):
     clipped = min(max(ratio, .8), 1 + clip_high)
     bugs = {"no clip": -ratio * A * scale, "max for min": -max(ratio * A, clipped * A) * scale,
             "the clip whatever the sign of A": -clipped * A * scale}
-    value, g, stats = run(name, logp, old, torch.ones(2, 1), tensor([1, 0]), 2, clip_low=.2, clip_high=clip_high, **options)
+    value, g, stats = run(name, logp, old, torch.ones(2, 1), tensor([1, 0]), 2, clip_low=.2, clip_high=clip_high,
+                          **options)
     what = f"{name}, A = {A:+d}, ratio {ratio}, clip .2/{clip_high}"
     check(f"{what}: token loss", 2 * value - other, scale * loss, bugs=bugs)
-    check(f"{what}: gradient (cut where the clipped side is the smaller one, and nowhere else)", 2 * g[row, 0], scale * slope)
-    check(f"{what}: stats['clip_frac'] counts tokens whose gradient is cut", stats["clip_frac"], 0.5 if slope == 0 else 0.0)
+    check(f"{what}: gradient (cut where the clipped side is the smaller one, and nowhere else)", 2 * g[row, 0],
+          scale * slope)
+    check(f"{what}: stats['clip_frac'] counts tokens whose gradient is cut", stats["clip_frac"],
+          0.5 if slope == 0 else 0.0)
 
 
 def test_kl_values():
     """d = +.5: k1 .5, k2 .125, k3 e^-.5 + .5 - 1 = .106531. d = -.5: -.5, .125, e^.5 - .5 - 1 = .148721."""
     logp, ref = tensor([[-1.0, -1.5]]), tensor([[-1.5, -1.0]])
-    check("kl k1 (d = logp - ref_logp)", L.kl(logp, ref, "k1"), [[.5, -.5]], bugs={"d with the wrong sign": [[-.5, .5]]})
+    check("kl k1 (d = logp - ref_logp)", L.kl(logp, ref, "k1"), [[.5, -.5]],
+          bugs={"d with the wrong sign": [[-.5, .5]]})
     check("kl k2", L.kl(logp, ref, "k2"), [[.125, .125]])
-    check("kl k3", L.kl(logp, ref, "k3"), [[.106531, .148721]], 6e-7, bugs={"d with the wrong sign": [[.148721, .106531]]})
+    check("kl k3", L.kl(logp, ref, "k3"), [[.106531, .148721]], 6e-7,
+          bugs={"d with the wrong sign": [[.148721, .106531]]})
     check("kl without a kind is k3", L.kl(logp, ref), [[.106531, .148721]], 6e-7)
 
 
 def test_k3_is_never_negative_and_exact_for_small_d():
     """In float32 at d = 1e-4, exp(-d) + d - 1 is 0 or negative, expm1(-d) + d is 5.0e-9."""
     d = torch.linspace(-3, 0, 301)
-    assert (L.kl(d, torch.zeros(301)) >= 0).all() and (L.kl(torch.zeros(301), d) >= 0).all(), "k3 must never be negative"
+    assert (L.kl(d, torch.zeros(301)) >= 0).all() and (L.kl(torch.zeros(301), d) >= 0).all(), \
+        "k3 must never be negative"
     small = L.kl(torch.full((1, 1), -1e-4), torch.full((1, 1), -2e-4))
     check("k3 at d = 1e-4 in float32 (use expm1)", small, [[5e-9]], atol=5e-10)
 
@@ -565,7 +595,7 @@ PI, REF = tensor([.7, .2, .1]), tensor([.5, .25, .25])
 def test_kl_in_expectation(kind, value, slope):
     """pi = (.7, .2, .1), ref = (.5, .25, .25), exactly: E k1 = E k3 = KL(pi, ref) = .099273, E k2 = .086583.
 
-    Expected gradient of the estimate as a loss, in the logits: k1 zero, k2 that of KL(pi, ref), k3 pi - ref, that of KL(ref, pi).
+    Expected gradient as a loss, in the logits: k1 zero, k2 that of KL(pi, ref), k3 pi - ref, that of KL(ref, pi).
     """
     logits = PI.log().requires_grad_()
     estimate = L.kl(logits.log_softmax(0)[None], REF.log()[None], kind)[0]
@@ -575,7 +605,7 @@ def test_kl_in_expectation(kind, value, slope):
     check(f"expected gradient of {kind} in the logits", g, slope, 6e-6)
 
 
-# ---------------------------------------------------------------------------------- worked numbers: advantages, by variant
+# ------------------------------------------------------------------------------- worked numbers: advantages, by variant
 
 TABLE = {  # G = 8, k = 4; (correct, wrong) for c = 1, 2, 4, 6, 8, 0 correct answers
     "reinforce": [(1, 0), (1, 0), (1, 0), (1, 0), (1, None), (None, 0)],
@@ -595,9 +625,10 @@ TABLE |= {name: TABLE["grpo"] for name in ("dapo", "gspo", "cispo", "entropy", "
 
 @pytest.mark.parametrize("row", TABLE)
 def test_advantages_by_number_correct(row):
-    """Group of 8 with c correct. GRPO at c = 2: mean .25, std sqrt(.25 * .75) = .4330, so .75/.4330 = 1.7320 and -.5773."""
+    """Group of 8 with c correct. GRPO at c = 2: mean .25, std sqrt(.25 * .75) = .4330; .75/.4330 = 1.7320, -.5773."""
     name = row.removesuffix("-1")
-    options = {"dr_grpo": dict(max_len=1), "passk": dict(k=4), "pkpo": dict(k=4), "diffsmooth": dict(DS, agg="seq_mean"),
+    options = {"dr_grpo": dict(max_len=1), "passk": dict(k=4), "pkpo": dict(k=4),
+               "diffsmooth": dict(DS, agg="seq_mean"),
                "focal-1": dict(focal_gamma=1.0)}.get(row, {})
     if name == "entropy":
         options = dict(entropy=torch.zeros(8, 1, dtype=F64))
@@ -605,7 +636,8 @@ def test_advantages_by_number_correct(row):
         old = column([-10.0] * 8)                      # diffsmooth: S = -10 for all
         a = advantages(name, [1] * c + [0] * (8 - c), 8, old, **options)
         ddof1 = [v * math.sqrt(7 / 8) for v in ([right] * c + [wrong] * (8 - c))]
-        check(f"{row}: advantages with {c} of 8 correct", a, [right] * c + [wrong] * (8 - c), 6e-5, 0, bugs={"std with ddof 1": ddof1})
+        check(f"{row}: advantages with {c} of 8 correct", a, [right] * c + [wrong] * (8 - c), 6e-5, 0,
+              bugs={"std with ddof 1": ddof1})
 
 
 GROUPS = [("grpo", {}, (1, 1, 0, 0), (.999998, .999998, -.999998, -.999998)),
@@ -634,18 +666,23 @@ def test_advantages_of_one_group(name, options, rewards, expected):
 def test_group_advantages():
     """Two groups of 4, and p correct in general: +sqrt((1-p)/p) and -sqrt(p/(1-p)), mean |A| = 2 sqrt(p(1-p))."""
     a = L.group_advantages(tensor([1, 1, 0, 0, 1, 0, 0, 0]), 4)
-    check("group_advantages of (1, 1, 0, 0 | 1, 0, 0, 0)", a, [.999998, .999998, -.999998, -.999998, 1.732047, -.577349, -.577349,
-          -.577349], 6e-7, bugs={"mean and std over the whole batch": [1.290992] * 2 + [-.774595] * 2 + [1.290992] + [-.774595] * 3})
+    check("group_advantages of (1, 1, 0, 0 | 1, 0, 0, 0)", a,
+          [.999998, .999998, -.999998, -.999998, 1.732047, -.577349, -.577349, -.577349], 6e-7,
+          bugs={"mean and std over the whole batch": [1.290992] * 2 + [-.774595] * 2 + [1.290992] + [-.774595] * 3})
     for c in range(1, 8):
         a, p = L.group_advantages(tensor([1] * c + [0] * (8 - c)), 8), c / 8
-        check(f"group_advantages, {c} of 8 correct", a[[0, 7]], [math.sqrt((1 - p) / p), -math.sqrt(p / (1 - p))], rtol=1e-5)
+        check(f"group_advantages, {c} of 8 correct", a[[0, 7]], [math.sqrt((1 - p) / p), -math.sqrt(p / (1 - p))],
+              rtol=1e-5)
         check(f"mean |A|, {c} of 8 correct", a.abs().mean(), 2 * math.sqrt(p * (1 - p)), rtol=1e-5)
 
 
-S = column([-10, -20, -10, -20])
-SMOOTHED = [("diffsmooth", (1, 1, 0, 0), (1.299998, 1.599998, -1.099998, -1.199998)), ("diffsmooth", (1, 1, 1, 1), (.3, .6, .3, .6)),
-            ("diffsmooth", (0, 0, 0, 0), (-.1, -.2, -.1, -.2)), ("diffsmooth_reward", (1, 1, 0, 0), (.65, .95, -.75, -.85)),
-            ("diffsmooth_reward", (1, 1, 1, 1), (-.15, .15, -.15, .15)), ("diffsmooth_reward", (0, 0, 0, 0), (.05, -.05, .05, -.05))]
+S = [-10, -20, -10, -20]
+SMOOTHED = [("diffsmooth", (1, 1, 0, 0), (1.299998, 1.599998, -1.099998, -1.199998)),
+            ("diffsmooth", (1, 1, 1, 1), (.3, .6, .3, .6)),
+            ("diffsmooth", (0, 0, 0, 0), (-.1, -.2, -.1, -.2)),
+            ("diffsmooth_reward", (1, 1, 0, 0), (.65, .95, -.75, -.85)),
+            ("diffsmooth_reward", (1, 1, 1, 1), (-.15, .15, -.15, .15)),
+            ("diffsmooth_reward", (0, 0, 0, 0), (.05, -.05, .05, -.05))]
 
 
 @pytest.mark.parametrize("name, rewards, expected", SMOOTHED, ids=[f"{n}-{r}" for n, r, _ in SMOOTHED])
@@ -655,9 +692,10 @@ def test_smoothed_advantages(name, rewards, expected):
     r = (1, 1, 0, 0): 1.3, 1.6, -1.1, -1.2. In the reward form (Eq. 4) r' = 1.3, 1.6, -.1, -.2 minus their mean .65.
     """
     agg = "seq_mean" if name == "diffsmooth" else "token_mean"
-    a = advantages(name, rewards, 4, S, **DS, agg=agg)
-    swapped = advantages(name, rewards, 4, S, reduction="sum", gamma_p=.01, gamma_n=.03, agg=agg)
-    bugs = {"gamma_p and gamma_n swapped": swapped.tolist()}
+    a = advantages(name, rewards, 4, column(S), **DS, agg=agg)
+    bugs = {bug: oracle_advantages(name, rewards, S, S, dict(reduction="sum", gamma_p=p, gamma_n=n)) for bug, p, n in
+            (("gamma_p and gamma_n swapped", .01, .03), ("gamma_p with the wrong sign", -.03, .01),
+             ("gamma_n with the wrong sign", .03, -.01), ("a smoothing term that is silently zero", 0, 0))}
     check(f"{name}: advantages of rewards {rewards} at S = -10, -20, -10, -20", a, expected, 6e-7, bugs=bugs)
 
 
@@ -665,17 +703,19 @@ def test_smoothing_by_sum_and_by_mean():
     """Two tokens of -1 each: S = -2, M = -1. r = (1, 1, 0, 0), mean: 1.029998, -1.009998; sum: 1.059998, -1.019998."""
     old = torch.full((4, 2), -1.0, dtype=F64)
     for reduction, right, wrong in (("mean", 1.029998, -1.009998), ("sum", 1.059998, -1.019998)):
-        a = advantages("diffsmooth", [1, 1, 0, 0], 4, old, reduction=reduction, gamma_p=.03, gamma_n=.01, agg="seq_mean")
+        a = advantages("diffsmooth", [1, 1, 0, 0], 4, old, reduction=reduction, gamma_p=.03, gamma_n=.01,
+                       agg="seq_mean")
         check(f"diffsmooth, reduction {reduction}, two tokens of -1", a, [right, right, wrong, wrong], 6e-7)
 
 
 @pytest.mark.parametrize("name", ["diffsmooth", "diffsmooth_reward"])
 def test_repeating_the_tokens_of_an_answer(name):
-    """An answer's tokens twice over: the mean log-probability stays, the sum doubles (so a gamma of one is not one of the other)."""
+    """An answer's tokens twice over: the mean log-probability stays, the sum doubles, so gammas do not carry over."""
     short = torch.tensor([[-1.0, -2], [-2, -3], [-1, -1], [-3, -1]], dtype=F64)
     options = dict(gamma_p=.03, gamma_n=.02, agg="seq_mean")
     term = lambda old, reduction: (advantages(name, [1, 1, 0, 0], 4, old, reduction=reduction, **options)
-                                   - advantages(name, [1, 1, 0, 0], 4, old, reduction=reduction, **dict(options, gamma_p=0.0, gamma_n=0.0)))
+                                   - advantages(name, [1, 1, 0, 0], 4, old, reduction=reduction,
+                                                **dict(options, gamma_p=0.0, gamma_n=0.0)))
     once, twice = short, torch.cat([short, short], dim=1)
     assert term(once, "sum").any(), f"{name}: the smoothing term is silently zero"
     check(f"{name}: smoothing term by mean, tokens repeated", term(twice, "mean"), term(once, "mean"))
@@ -685,63 +725,91 @@ def test_repeating_the_tokens_of_an_answer(name):
 def test_ds_positive_changes_correct_answers_only():
     """gamma_n = 0: correct answers rise, the rarer by more; wrong ones keep GRPO's advantage."""
     old, r = column([-5, -9, -5, -9, -7]), [1, 1, 0, 0, .1]
-    moved = advantages("diffsmooth", r, 5, old, reduction="sum", gamma_p=.1, gamma_n=0.0, agg="seq_mean") - advantages("grpo", r, 5, old)
+    moved = advantages("diffsmooth", r, 5, old, reduction="sum", gamma_p=.1, gamma_n=0.0,
+                       agg="seq_mean") - advantages("grpo", r, 5, old)
     check("diffsmooth, gamma_n = 0: change of the wrong answers' advantages", moved[2:], [0, 0, 0])
     assert (moved[:2] > 0).all(), "diffsmooth, gamma_p > 0: correct answers must rise (the sign of gamma_p is flipped)"
-    check("diffsmooth, gamma_p = .1: rise of correct answers with log pi = -5 and -9 (the rarer gains more)", moved[:2], [.5, .9])
+    check("diffsmooth, gamma_p = .1: rise of correct answers with log pi = -5 and -9 (the rarer gains more)", moved[:2],
+          [.5, .9])
 
 
 def test_ds_negative_changes_wrong_answers_only():
-    """gamma_p = 0: wrong answers fall, the rarer by more (a format reward of .1 is wrong); correct ones keep GRPO's advantage."""
+    """gamma_p = 0: wrong answers (.1 is wrong) fall, the rarer by more; correct ones keep GRPO's advantage."""
     old, r = column([-5, -9, -5, -9, -7]), [1, 1, 0, 0, .1]
-    moved = advantages("diffsmooth", r, 5, old, reduction="sum", gamma_p=0.0, gamma_n=.1, agg="seq_mean") - advantages("grpo", r, 5, old)
+    moved = advantages("diffsmooth", r, 5, old, reduction="sum", gamma_p=0.0, gamma_n=.1,
+                       agg="seq_mean") - advantages("grpo", r, 5, old)
     check("diffsmooth, gamma_p = 0: change of the correct answers' advantages", moved[:2], [0, 0])
     assert (moved[2:] < 0).all(), "diffsmooth, gamma_n > 0: wrong answers must fall (the sign of gamma_n is flipped)"
-    check("diffsmooth, gamma_n = .1: fall of wrong answers with log pi = -5, -9, -7 (the rarer loses more)", moved[2:], [-.5, -.9, -.7])
+    check("diffsmooth, gamma_n = .1: fall of wrong answers with log pi = -5, -9, -7 (the rarer loses more)", moved[2:],
+          [-.5, -.9, -.7])
 
 
 @pytest.mark.parametrize("name", ["diffsmooth", "diffsmooth_reward"])
 @pytest.mark.parametrize("rewards", [(1, 0, 0, 1), (1, 1, 1, 1), (0, 0, 0, 0)])
 def test_the_smoothing_term_is_never_silently_zero(name, rewards):
-    """A gamma != 0 changes the gradient, in mixed, all-correct and all-wrong groups, and stats['ds_ratio'] says by how much."""
+    """A gamma != 0 changes the gradient, in mixed, all-correct and all-wrong groups; stats['ds_ratio'] shows it."""
     old = torch.tensor([[-1.0, -2], [-2, -3], [-1, -1], [-3, -1]], dtype=F64)
     args = (old, old, torch.ones(4, 2, dtype=F64), tensor(rewards), 4)
     on = dict(reduction="sum", gamma_p=.03, gamma_n=.01, agg="seq_mean")
     _, g, stats = run(name, *args, **on)
     _, off, stats_off = run(name, *args, **dict(on, gamma_p=0.0, gamma_n=0.0))
-    assert (g - off).abs().max() > 1e-4, f"{name}: the smoothing term changes nothing for rewards {rewards}; it acts in equal groups too"
+    assert (g - off).abs().max() > 1e-4, \
+        f"{name}: the smoothing term changes nothing for rewards {rewards}; it acts in equal groups too"
     assert stats["ds_ratio"] > 0, f"{name}: stats['ds_ratio'] must be above 0 when a gamma is"
     assert stats_off["ds_ratio"] == 0, f"{name}: stats['ds_ratio'] must be 0 with both gammas 0"
 
 
+def normalised(r):
+    return oracle_advantages("grpo", r, r, r, {})
+
+
 def test_unlikeliness_ranks():
-    """M = (-.1, -.5, -.3, -.9): ranks 3, 1, 2, 0 (0 = least likely); r' = 1 - .25 * 3/4 = .8125, 1 - .25/4 = .9375, 0, 0."""
+    """M = (-.1, -.5, -.3, -.9): ranks 3, 1, 2, 0 (0 = least likely); r' = 1 - .25 * 3/4 = .8125, 1 - .25/4 = .9375, 0, 0.
+
+    There the sorting order happens to equal the ranks. M = (-.3, -.5, -.1, -.9) has ranks 2, 1, 3, 0, order 3, 1, 0, 2.
+    """
     a = advantages("unlikeliness", [1, 1, 0, 0], 4, column([-.1, -.5, -.3, -.9]))
     check("unlikeliness: advantages at M = -.1, -.5, -.3, -.9", a, [.852801, 1.137068, -.994934, -.994934], 6e-7,
-          bugs={"ranks the other way round (0 = most likely)": L.group_advantages(tensor([1, .875, 0, 0]), 4).tolist(),
-                "ranks among the correct answers only": L.group_advantages(tensor([.9375, 1, 0, 0]), 4).tolist()})
+          bugs={"ranks the other way round (0 = most likely)": normalised([1, .875, 0, 0]),
+                "ranks among the correct answers only": normalised([.9375, 1, 0, 0])})
+    a = advantages("unlikeliness", [1, 1, 0, 0], 4, column([-.3, -.5, -.1, -.9]))
+    check("unlikeliness: advantages at M = -.3, -.5, -.1, -.9", a, normalised([.875, .9375, 0, 0]),
+          bugs={"the sorting order (one argsort) for the rank": normalised([.8125, .9375, 0, 0])})
 
 
 def test_unlikeliness_ties_go_by_row():
     """Equal likelihoods: ranks 0, 1, 2 in row order. r = (1, 1, 0) gives r' = 1, 1 - .25/3, 0."""
-    r = tensor([1, 1 - .25 / 3, 0])
-    check("unlikeliness: ties in row order", advantages("unlikeliness", [1, 1, 0], 3), L.group_advantages(r, 3))
+    a = advantages("unlikeliness", [1, 1, 0], 3)
+    check("unlikeliness: ties in row order", a, normalised([1, 1 - .25 / 3, 0]))
 
 
 def test_unlikeliness_all_correct():
-    """In an all-correct group the std cancels rank_coef: any coefficient gives A from -1.5275 to +1.5275 (G = 8)."""
-    for coef in (.01, .25):
-        a = advantages("unlikeliness", [1] * 8, 8, column([-.1 * i for i in range(1, 9)]), rank_coef=coef)
-        check(f"unlikeliness, all correct, rank_coef {coef}: most and least likely answer", a[[0, 7]], [-1.5275, 1.5275], 1e-3)
+    """In an all-correct group the std cancels rank_coef: A runs from -1.5275 to 1.5275 (G = 8), 1.6787 (G = 32)."""
+    for G, extreme in ((8, 1.5275), (32, 1.6787)):
+        for coef in (.01, .25):
+            a = advantages("unlikeliness", [1] * G, G, column([-.1 * i for i in range(1, G + 1)]), rank_coef=coef)
+            check(f"unlikeliness, {G} correct of {G}, rank_coef {coef}: most and least likely answer", a[[0, -1]],
+                  [-extreme, extreme], 1e-3)
 
 
 def test_ucpo_factors():
-    """M = -.1, -.5, both correct: q = .598688, .401312; shares 2 (1/q)/sum = .802625, 1.197375; factors .960525, 1.039475."""
+    """M = -.1, -.5, both correct: q = .598688, .401312; 2 (1/q)/sum = .802625, 1.197375; factors .960525, 1.039475."""
     old = column([-.1, -.5, -.3, -.9])
     factor = advantages("ucpo", [1, 1, 0, 0], 4, old) / advantages("grpo", [1, 1, 0, 0], 4, old)
-    check("ucpo: factors on GRPO's advantages at M = -.1, -.5 of the correct answers", factor, [.960525, 1.039475, 1, 1], 6e-7)
+    check("ucpo: factors on GRPO's advantages at M = -.1, -.5 of the correct answers", factor,
+          [.960525, 1.039475, 1, 1], 6e-7)
     for rewards in ([1, 0, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]):
-        check(f"ucpo does nothing for rewards {rewards}", advantages("ucpo", rewards, 4, old), advantages("grpo", rewards, 4, old))
+        check(f"ucpo does nothing for rewards {rewards}", advantages("ucpo", rewards, 4, old),
+              advantages("grpo", rewards, 4, old))
+
+
+@pytest.mark.parametrize("focal_gamma, factor", [(.5, .679), (1.0, .5)])
+def test_focal_lowers_the_mean_advantage(focal_gamma, factor):
+    """Over uniform accuracies mean |A| falls to B(1.5, 1.5 + gamma)/B(1.5, 1.5) of GRPO's: .679 for .5, .5 for 1."""
+    rewards = (torch.arange(100)[None] < torch.arange(101)[:, None]).to(F64).flatten()      # 0, 1, ..., 100 of 100
+    size = lambda name, **o: advantages(name, rewards, 100, **o).abs().mean()
+    check(f"focal_gamma {focal_gamma}: mean |A| over GRPO's", size("focal", focal_gamma=focal_gamma) / size("grpo"),
+          factor, 1e-3)
 
 
 @pytest.mark.parametrize("name", ["passk", "pkpo"])
@@ -751,19 +819,21 @@ def test_passk_and_pkpo_by_brute_force(name, G, k):
     for c in range(G + 1):
         r = [1] * c + [0] * (G - c)
         expected = oracle_advantages(name, r, [-1] * G, [-1] * G, dict(k=k))
-        check(f"{name}, G {G}, k {k}, {c} correct, against all {k}-subsets", advantages(name, r, G, k=k), expected, 1e-6)
+        check(f"{name}, G {G}, k {k}, {c} correct, against all {k}-subsets", advantages(name, r, G, k=k), expected,
+              1e-6)
 
 
 def test_gspo_ratio_is_the_geometric_mean():
-    """Log-ratios .1, -.1, .3: s = e^.1 = 1.105171, also with the tokens twice over. Mean of ratios 1.119956, product 1.349859."""
+    """Log-ratios .1, -.1, .3: s = e^.1 = 1.105171, also with the tokens twice over. Mean 1.119956, product 1.349859."""
     old = torch.full((2, 3), -2.0, dtype=F64)
     logp = old + tensor([[.1, -.1, .3], [0, 0, 0]])
     a = 1 / (1 + 2e-6)
     for repeat in (1, 2):
-        loss, g, _ = run("gspo", logp.repeat(1, repeat), old.repeat(1, repeat), torch.ones(2, 3 * repeat), tensor([1, 0]), 2,
-                         clip_low=5.0, clip_high=5.0)
+        loss, g, _ = run("gspo", logp.repeat(1, repeat), old.repeat(1, repeat), torch.ones(2, 3 * repeat),
+                         tensor([1, 0]), 2, clip_low=5.0, clip_high=5.0)
         check(f"gspo: s for log-ratios .1, -.1, .3{' repeated' * (repeat - 1)}", 1 - 2 * loss / a, 1.105171, 1e-6,
-              bugs={"mean of the ratios": 1.119956, "product of the ratios": 1.349859, "product, tokens repeated": 1.822119})
+              bugs={"mean of the ratios": 1.119956, "product of the ratios": 1.349859,
+                    "product, tokens repeated": 1.822119})
         check("gspo: gradient of a token, -s A / (n_seq len)", g[0, 0], -1.105171 * a / 2 / (3 * repeat), 1e-6)
 
 
@@ -772,7 +842,7 @@ CAPS = [(math.log(10), -5), (.5, -1.648721), (-3.0, -.049787)]
 
 @pytest.mark.parametrize("log_ratio, slope", CAPS)
 def test_cispo_weight(log_ratio, slope):
-    """A = +1, one token: gradient -min(ratio, 5): ratio 10 gives -5 (PPO: 0), e^.5 gives -1.648721, e^-3 gives -.049787."""
+    """A = +1, one token: gradient -min(ratio, 5). Ratio 10: -5 (PPO: 0); e^.5: -1.648721; e^-3: -.049787."""
     old = column([-4, -4])
     logp = old + column([log_ratio, 0])
     _, g, stats = run("cispo", logp, old, torch.ones(2, 1), tensor([1, 0]), 2)
@@ -793,7 +863,7 @@ def test_reinforce_by_hand():
 
 
 def test_sft_by_hand():
-    """logp (-1, -2) and (-3): 6 nats over 3 tokens = 2.0; the mean of row means would be 2.25. Nothing else is looked at."""
+    """logp (-1, -2) and (-3): 6 nats over 3 tokens = 2.0; the mean of row means would be 2.25."""
     logp, mask = tensor([[-1, -2], [-3, NAN]]), torch.tensor([[1, 1], [1, 0]])
     loss, g, _ = run("sft", logp, logp, mask, tensor([1, 0]), 2)
     check("sft: logp (-1, -2) and (-3)", loss, 2.0, bugs={"mean of row means": 2.25})
@@ -811,34 +881,42 @@ def test_rft_by_hand():
     check("rft: stats['kept_frac']", stats["kept_frac"], .5)
 
 
-# ------------------------------------------------------------------------ worked numbers: the batch of eight, end to end
+# ----------------------------------------------------------------------- worked numbers: the batch of eight, end to end
 
 BATCH = {  # label: (loss, options, on-policy loss, loss, d loss / d logp summed over each row x 1000, {bug: loss})
     "reinforce": ("reinforce", {}, .875, .843750, (-125, -250, 0, 0, -375, 0, 0, 0), {}),
     "rloo": ("rloo", {}, .135417, .100000, (-83.33, -166.67, 250, 166.67, -375, 83.33, 41.67, 125), {}),
-    "rloo, beta .04": ("rloo", dict(beta=.04), .129833, .094967, (-84.67, -166.67, 254, 166.67, -372, 82.67, 40, 128), {}),
+    "rloo, beta .04": ("rloo", dict(beta=.04), .129833, .094967, (-84.67, -166.67, 254, 166.67, -372, 82.67, 40, 128),
+                       {}),
     "grpo": ("grpo", {}, 0, -.013150, (0, -113.10, 139.99, 0, -227.61, 107.66, 0, 72.17),
-             {"no clip": -.048639, "clip whatever the sign of A": -.040455, "max for min": -.075944, "only the upper bound": -.029907,
-              "only the lower bound": -.031882, "ratio inverted": .086687, "std with ddof 1": -.011388, "std over the batch": -.014959,
-              "mean and std over the batch": -.004686, "groups interleaved": .000250, "token_mean": .023775,
+             {"no clip": -.048639, "clip whatever the sign of A": -.040455, "max for min": -.075944,
+              "only the upper bound": -.029907, "only the lower bound": -.031882, "ratio inverted": .086687,
+              "std with ddof 1": -.011388, "std over the batch": -.014959, "mean and std over the batch": -.004686,
+              "groups interleaved": .000250, "token_mean": .023775,
               "clip_high .28": -.023150, "the wrong sign": .013150, "the last token of every row masked": .086328}),
-    "grpo, beta .04": ("grpo", dict(beta=.04), .000749, -.011225, (1.97, -112.63, 141.24, -.53, -226.50, 109.92, -1.11, 73.07),
-                       {"KL direction flipped": -.010536, "KL term with the wrong sign": -.015075, "k1": -.004900, "k2": -.010927,
-                        "KL term missing": -.013150}),
+    "grpo, beta .04": ("grpo", dict(beta=.04), .000749, -.011225,
+                       (1.97, -112.63, 141.24, -.53, -226.50, 109.92, -1.11, 73.07),
+                       {"KL direction flipped": -.010536, "KL term with the wrong sign": -.015075, "k1": -.004900,
+                        "k2": -.010927, "KL term missing": -.013150}),
     "dr_grpo": ("dr_grpo", dict(max_len=10), .003125, .003821, (0, -11.31, 21.00, 0, -29.57, 9.32, 0, 9.375),
                 {"divided by the padded width": .012735}),
     "dapo": ("dapo", {}, .015762, .019069, (0, -106.45, 197.64, 0, -321.33, 101.33, 0, 101.89),
-             {"mean of two micro-batch means": .030997, "stop token masked": .031052, "clip_high .2": .023775, "seq_mean": -.023150}),
+             {"mean of two micro-batch means": .030997, "stop token masked": .031052, "clip_high .2": .023775,
+              "seq_mean": -.023150}),
     "gspo": ("gspo", {}, 0, .060340, (0, -113.10, 138.15, 0, 0, 107.66, 0, 72.17),
              {"mean of ratios": .062188, "product of ratios": .154641, "clip .2": -.014998}),
     "cispo": ("cispo", {}, .144501, .207739, (-79.40, -106.45, 197.64, 87.15, -321.33, 101.33, 22.77, 101.89), {}),
     "entropy": ("entropy", {}, -.000800, -.013950, (0, -113.10, 139.99, 0, -227.61, 107.66, 0, 72.17),
-                {"entropy averaged by token_mean": -.013927, "entropy with the wrong sign": -.012350, "entropy term missing": -.013150}),
-    "diffsmooth sum": ("diffsmooth", dict(DS, agg="seq_mean"), -.015000, -.028974, (0, -119.89, 143.14, 0, -245.35, 109.53, 0, 73.11),
-                       {"gamma_p with the wrong sign": .024578, "gamma_n with the wrong sign": -.050879, "both signs wrong": .002674,
-                        "gammas swapped": .010781, "smoothing term silently zero": -.013150, "added before normalisation": -.012179,
-                        "logp for old_logp in the term": -.028623, "summed over padding too": -.031935, "mean for sum": -.019412}),
-    "diffsmooth sum, token_mean": ("diffsmooth", dict(DS, agg="token_mean"), -.004238, .003045, None, {"seq_mean": -.028974}),
+                {"entropy averaged by token_mean": -.013927, "entropy with the wrong sign": -.012350,
+                 "entropy term missing": -.013150}),
+    "diffsmooth sum": ("diffsmooth", dict(DS, agg="seq_mean"), -.015000, -.028974,
+                       (0, -119.89, 143.14, 0, -245.35, 109.53, 0, 73.11),
+                       {"gamma_p with the wrong sign": .024578, "gamma_n with the wrong sign": -.050879,
+                        "both signs wrong": .002674, "gammas swapped": .010781, "smoothing term silently zero": -.013150,
+                        "added before normalisation": -.012179, "logp for old_logp in the term": -.028623,
+                        "summed over padding too": -.031935, "mean for sum": -.019412}),
+    "diffsmooth sum, token_mean": ("diffsmooth", dict(DS, agg="token_mean"), -.004238, .003045, None,
+                                   {"seq_mean": -.028974}),
     "diffsmooth mean": ("diffsmooth", dict(DS, reduction="mean", agg="seq_mean"), -.005625, -.019412,
                         (0, -116.50, 141.04, 0, -233.52, 108.60, 0, 72.48), {"sum for mean": -.028974}),
     "DS-Positive": ("diffsmooth", dict(DS, gamma_n=0.0, agg="seq_mean"), -.026250, -.039927,
@@ -863,7 +941,7 @@ BATCH = {  # label: (loss, options, on-policy loss, loss, d loss / d logp summed
 
 @pytest.mark.parametrize("label", BATCH)
 def test_worked_batch(label):
-    """The batch of `Worked`. By hand for rft: rows 1, 2, 5 are kept, 6 tokens; .2 + 2 * 1.1 + 3 * 1.45 = 6.75, / 6 = 1.125.
+    """The batch of `Worked`. rft by hand: rows 1, 2, 5 are kept, 6 tokens; .2 + 2 * 1.1 + 3 * 1.45 = 6.75; / 6 = 1.125.
 
     grpo, row 8: A = -.577349, ratio 1, three tokens of 1/(8 * 3) each: 3 * .577349 / 24 = .07217.
     """
@@ -874,8 +952,8 @@ def test_worked_batch(label):
         check(f"{label}: gradient summed over each row x 1000", 1000 * g.sum(1), rows, 6e-3, 0)
     assert g.any(), f"{label}: the gradient must not vanish"
     if on_policy is not None:
-        value, _, _ = run(name, Worked.old_logp, Worked.old_logp, Worked.mask, Worked.rewards, 4, entropy=Worked.entropy,
-                          ref_logp=Worked.ref_logp, **options)
+        value, _, _ = run(name, Worked.old_logp, Worked.old_logp, Worked.mask, Worked.rewards, 4,
+                          entropy=Worked.entropy, ref_logp=Worked.ref_logp, **options)
         check(f"{label}: loss of the worked batch with logp = old_logp", value, on_policy, 6e-7, 0)
 
 
@@ -885,13 +963,15 @@ def test_worked_batch_by_token():
 
 
 def test_dapo_is_one_mean_over_all_tokens():
-    """Rows 1-4 and 5-8 apart give two means, whose mean .030997 is not the loss .019069: one denominator for the whole batch."""
-    halves = [run("dapo", Worked.logp[part], Worked.old_logp[part], Worked.mask[part], Worked.rewards[part], 4) for part in
+    """Rows 1-4 and 5-8 apart give two means, whose mean .030997 is not the loss .019069: one denominator for all."""
+    halves = [run("dapo", Worked.logp[part], Worked.old_logp[part], Worked.mask[part], Worked.rewards[part],
+                  4) for part in
               (slice(0, 4), slice(4, 8))]
     whole, g, _ = worked("dapo")
     check("dapo: mean of the losses of the two halves", sum(h[0] for h in halves) / 2, .030997, 6e-7)
     check("dapo: the halves weighted by their tokens, 8 and 9 of 17", (8 * halves[0][0] + 9 * halves[1][0]) / 17, whole)
-    check("dapo: gradients of the halves, rescaled to the whole", torch.cat([halves[0][1] * 8 / 17, halves[1][1] * 9 / 17]), g)
+    check("dapo: gradients of the halves, rescaled to the whole",
+          torch.cat([halves[0][1] * 8 / 17, halves[1][1] * 9 / 17]), g)
 
 
 def test_entropy_gradient():
@@ -921,16 +1001,18 @@ def test_worked_batch_with_a_format_reward():
     rewards, options = Worked.rewards.clone(), dict(DS, agg="seq_mean")
     rewards[7] = 0.1
     value, _, _ = worked("diffsmooth", rewards=rewards, **options)
-    check("diffsmooth: loss with a format reward of .1 in row 8", value, -.026130, 6e-7, 0, {"correct as r > 0": -.029880})
+    check("diffsmooth: loss with a format reward of .1 in row 8", value, -.026130, 6e-7, 0,
+          {"correct as r > 0": -.029880})
     a = advantages("diffsmooth", rewards, 4, Worked.old_logp, Worked.mask, **options)
-    check("diffsmooth: advantage of row 8 with a format reward of .1", a[7], -.423606, 6e-7, bugs={"correct as r > 0": -.393606})
+    check("diffsmooth: advantage of row 8 with a format reward of .1", a[7], -.423606, 6e-7,
+          bugs={"correct as r > 0": -.393606})
 
 
 def test_diffsmooth_advantages_of_the_worked_batch():
     """Row 1: .999998 - .03 * (-.5) = 1.014998; row 8: -.577349 + .01 * (-.75) = -.584849."""
     a = advantages("diffsmooth", Worked.rewards, 4, Worked.old_logp, Worked.mask, **DS, agg="seq_mean")
-    check("diffsmooth: advantages of the worked batch", a, [1.014998, 1.059998, -1.022498, -1.039998, 1.867047, -.587349, -.587349,
-                                                          -.584849], 6e-7)
+    check("diffsmooth: advantages of the worked batch", a,
+          [1.014998, 1.059998, -1.022498, -1.039998, 1.867047, -.587349, -.587349, -.584849], 6e-7)
 
 
 @pytest.mark.parametrize("name", CORRECT_IS_ONE)
@@ -942,11 +1024,12 @@ def test_correct_means_a_reward_of_one(name):
     if name in ("passk", "pkpo", "w_reinforce", "rft"):
         check(f"{name}: a reward of .1 counts as wrong, like 0", a, advantages(name, plain, 5, old, **ALL[name]))
     else:
-        expected = oracle_advantages(name, shaped, old[:, 0].tolist(), old[:, 0].tolist(), dict(DS, tau=.2, focal_gamma=.5))
+        expected = oracle_advantages(name, shaped, old[:, 0].tolist(), old[:, 0].tolist(),
+                                     dict(DS, tau=.2, focal_gamma=.5))
         check(f"{name}: a reward of .1 counts as wrong in the split by correctness", a, expected)
 
 
-# ------------------------------------------------------------------------------------- a second implementation: the oracle
+# ---------------------------------------------------------------------------------- a second implementation: the oracle
 
 def oracle_advantages(name, r, M, S, o):
     """One group in plain Python. r rewards, M mean and S summed old log-probabilities, o options."""
@@ -970,7 +1053,9 @@ def oracle_advantages(name, r, M, S, o):
         return [x - sum(r) / G for x in r]
     if name == "unlikeliness":
         order = sorted(range(G), key=lambda i: M[i])   # Python sorts stably
-        return oracle_advantages("grpo", [x * (1 - o.get("rank_coef", .25) * order.index(i) / G) for i, x in enumerate(r)], M, S, {})
+        return oracle_advantages("grpo",
+                                 [x * (1 - o.get("rank_coef", .25) * order.index(i) / G) for i, x in enumerate(r)], M,
+                                 S, {})
     if name == "passk":
         R = [best(s) for s in subsets]
         mean = sum(R) / len(R)
@@ -1009,8 +1094,7 @@ def oracle(name, o, B=Ragged):
         r = [r[i] - beta * sum(old[i][t] - ref[i][t] for t in range(n[i])) for i in rows]
     A = [a for g in range(0, len(r), G) for a in oracle_advantages(name, r[g:g + G], M[g:g + G], S[g:g + G], o)]
     used = [i for i in rows if n[i] > 0 and (name != "rft" or r[i] == 1)]
-    agg = o.get("agg", {"reinforce": "seq_sum", "rloo": "seq_sum", "dr_grpo": "seq_const", "dapo": "token_mean", "cispo": "token_mean",
-                        "sft": "token_mean", "rft": "token_mean"}.get(name, "seq_mean"))
+    agg = o.get("agg", AGGREGATOR.get(name, "seq_mean"))
     loss, g = 0.0, [[0.0] * B.T for _ in rows]
     low, high = 1 - o.get("clip_low", .2), 1 + o.get("clip_high", .2)
     for i in used:
@@ -1044,18 +1128,21 @@ CASES += [("dapo", dict(clip_low=.2, clip_high=.28)), ("dapo", dict(clip_low=.1,
           ("ucpo", dict(tau=.9, clip_low=.3)), ("focal", dict(focal_gamma=.5)), ("focal", dict(focal_gamma=2.0)),
           ("gspo", dict(clip_low=3e-4, clip_high=4e-4)), ("gspo", dict(clip_low=.1, clip_high=.05)),
           ("cispo", dict(clip_low=1.0, clip_high=4.0)), ("cispo", dict(clip_low=.3, clip_high=.2)),
-          ("reinforce", dict(baseline=.4, beta=.2)), ("rloo", dict(beta=.2)), ("dr_grpo", dict(max_len=7, clip_low=.3, clip_high=.1)),
+          ("reinforce", dict(baseline=.4, beta=.2)), ("rloo", dict(beta=.2)),
+          ("dr_grpo", dict(max_len=7, clip_low=.3, clip_high=.1)),
           ("unlikeliness", dict(rank_coef=.7)), ("passk", dict(k=1)), ("passk", dict(k=3)), ("passk", dict(k=4)),
           ("pkpo", dict(k=1)), ("pkpo", dict(k=3)), ("pkpo", dict(k=4)), ("w_reinforce", dict(w_pos=1.0, w_neg=.3)),
           ("entropy", dict(entropy_coef=-.2, agg="token_mean"))]
-CASES += [(name, dict(gamma_p=.05, gamma_n=-.02, reduction=reduction, agg=agg)) for name in ("diffsmooth", "diffsmooth_reward")
-          for reduction in ("sum", "mean") for agg in ("seq_mean", "token_mean")]
+CASES += [(name, dict(gamma_p=.05, gamma_n=-.02, reduction=reduction, agg=agg))
+          for name in ("diffsmooth", "diffsmooth_reward") for reduction in ("sum", "mean")
+          for agg in ("seq_mean", "token_mean")]
 ORACLE_DEFAULTS = {"ucpo": dict(tau=.2), "focal": dict(focal_gamma=.5)}
 CASES += [(name, dict(ALL[name], **ORACLE_DEFAULTS.get(name, {}), beta=.3, agg=agg, clip_low=.3, clip_high=.1))
           for name in CLIPPED for agg in ("seq_mean", "token_mean", "seq_sum")]
 
 
-@pytest.mark.parametrize("name, options", CASES, ids=[f"{n}-{'-'.join(f'{k}={v}' for k, v in o.items())}" for n, o in CASES])
+@pytest.mark.parametrize("name, options", CASES,
+                         ids=[f"{n}-{'-'.join(f'{k}={v}' for k, v in o.items())}" for n, o in CASES])
 def test_against_the_oracle(name, options):
     """Loss and gradient of the ragged batch, token by token, against plain Python lists and loops."""
     loss, g = oracle(name, options)
@@ -1064,7 +1151,7 @@ def test_against_the_oracle(name, options):
     check(f"{name} with {options}: gradient of the ragged batch, token by token", gradient, g)
 
 
-# ------------------------------------------------------------------- exact expected gradients: every group of a small policy
+# -------------------------------------------------------------- exact expected gradients: every group of a small policy
 
 class Toy:
     """A softmax over V = 5 one-token answers, two of them correct; every group of G = 3 answers with its probability."""
@@ -1078,7 +1165,7 @@ class Toy:
 def expected_gradient(name, **options):
     """Exact expectation over all groups of d loss / d logits, on-policy. (5,)
 
-    One call holds all 125 groups; each of its rows weighs 1/375, hence 125 * P(group) turns their sum into an expectation.
+    One call holds all 125 groups, each row with weight 1/375, so 125 * P(group) turns their sum into an expectation.
     """
     theta = Toy.logits.clone().requires_grad_()
     log_pi = theta.log_softmax(0)
@@ -1089,7 +1176,8 @@ def expected_gradient(name, **options):
     old = logp.detach()
     entropy = -(log_pi.exp() * log_pi).sum() * ones
     leaf, H = old.clone().requires_grad_(), entropy.detach().requires_grad_()
-    loss, _ = getattr(L, name)(leaf, old, ones, Toy.correct[answers], 3, entropy=H, ref_logp=Toy.ref.log()[answers][:, None], **options)
+    loss, _ = getattr(L, name)(leaf, old, ones, Toy.correct[answers], 3, entropy=H,
+                               ref_logp=Toy.ref.log()[answers][:, None], **options)
     g, h = torch.autograd.grad(loss, [leaf, H], allow_unused=True)
     weight = 125 * chance[:, None]
     total = (logp * g * weight).sum() + (0 if h is None else (entropy * h * weight).sum())
@@ -1117,7 +1205,8 @@ def kl_to_ref(pi):
 EXACT = {  # label: (loss, options, what it climbs)
     "reinforce climbs p": ("reinforce", {}, success),
     "reinforce with a baseline climbs p": ("reinforce", dict(baseline=.4), success),
-    "reinforce with beta climbs p - beta KL(pi, ref)": ("reinforce", dict(beta=.3), lambda pi: success(pi) - .3 * kl_to_ref(pi)),
+    "reinforce with beta climbs p - beta KL(pi, ref)": ("reinforce", dict(beta=.3),
+                                                        lambda pi: success(pi) - .3 * kl_to_ref(pi)),
     "rloo climbs p": ("rloo", {}, success),
     "rloo with beta climbs p - beta KL(pi, ref)": ("rloo", dict(beta=.3), lambda pi: success(pi) - .3 * kl_to_ref(pi)),
     "dr_grpo climbs (G-1)/G p / max_len": ("dr_grpo", dict(max_len=4), lambda pi: success(pi) * 2 / 3 / 4),
@@ -1126,14 +1215,15 @@ EXACT = {  # label: (loss, options, what it climbs)
     "pkpo, k = 2, climbs pass@2": ("pkpo", dict(k=2), pass_at(2)),
     "pkpo, k = 3, climbs pass@3": ("pkpo", dict(k=3), pass_at(3)),
     "maxrl climbs pass@1 + pass@2 / 2": ("maxrl", {}, lambda pi: pass_at(1)(pi) + pass_at(2)(pi) / 2),
-    "diffsmooth_reward with gammas 0 climbs (G-1)/G p": ("diffsmooth_reward", dict(DS, gamma_p=0.0, gamma_n=0.0, agg="token_mean"),
+    "diffsmooth_reward with gammas 0 climbs (G-1)/G p": ("diffsmooth_reward",
+                                                         dict(DS, gamma_p=0.0, gamma_n=0.0, agg="token_mean"),
                                                        lambda pi: success(pi) * 2 / 3),
 }
 
 
 @pytest.mark.parametrize("label", EXACT)
 def test_expected_gradient(label):
-    """The average over every possible group of 3 answers is the gradient of the objective that the paper names, minus sign."""
+    """The average over every possible group of 3 answers is minus the gradient of the objective that the paper names."""
     name, options, objective = EXACT[label]
     gradient = exact_gradient(objective)
     check(label, expected_gradient(name, **options), -gradient, 2e-6, bugs={"the wrong sign": gradient.tolist()})
@@ -1149,29 +1239,31 @@ def smoothing_objective(gamma_p, gamma_n):
 
 @pytest.mark.parametrize("gamma_p, gamma_n", [(.3, 0), (0, .2), (.3, .2), (-.1, .4)])
 def test_expected_gradient_of_the_smoothing_term(gamma_p, gamma_n):
-    """What diffsmooth adds to GRPO climbs gamma_p (H_C + p) + gamma_n (p - H_W): entropy among correct answers up, among wrong down."""
+    """What diffsmooth adds to GRPO: entropy among correct answers up, among wrong ones down, and p up by both."""
     options = dict(reduction="sum", gamma_p=float(gamma_p), gamma_n=float(gamma_n), agg="seq_mean")
     added = expected_gradient("diffsmooth", **options) - expected_gradient("grpo")
     gradient = exact_gradient(smoothing_objective(gamma_p, gamma_n))
     check(f"diffsmooth minus grpo, gammas {gamma_p}, {gamma_n}: expected gradient", added, -gradient,
-          bugs={"both signs wrong": gradient.tolist(), "gammas swapped": (-exact_gradient(smoothing_objective(gamma_n, gamma_p))).tolist()})
+          bugs={"both signs wrong": gradient.tolist(),
+                "gammas swapped": (-exact_gradient(smoothing_objective(gamma_n, gamma_p))).tolist()})
 
 
 @pytest.mark.parametrize("gamma_p, gamma_n", [(.3, 0), (0, .2), (.3, .2)])
 def test_expected_gradient_of_the_smoothed_reward(gamma_p, gamma_n):
-    """The smoothed reward, centred: its own share in the group mean costs (G-1)/G, as in dr_grpo; no std, so all of it is exact."""
+    """The smoothed reward, centred: the answer's own share in the mean costs a factor (G-1)/G, as in dr_grpo."""
     options = dict(reduction="sum", gamma_p=float(gamma_p), gamma_n=float(gamma_n), agg="token_mean")
     gradient = exact_gradient(lambda pi: 2 / 3 * (success(pi) + smoothing_objective(gamma_p, gamma_n)(pi)))
-    check(f"diffsmooth_reward, gammas {gamma_p}, {gamma_n}: expected gradient", expected_gradient("diffsmooth_reward", **options), -gradient)
+    check(f"diffsmooth_reward, gammas {gamma_p}, {gamma_n}: expected gradient",
+          expected_gradient("diffsmooth_reward", **options), -gradient)
 
 
 @pytest.mark.parametrize("coef", [.2, -.1])
 def test_expected_gradient_of_the_entropy_term(coef):
-    """One-token answers: the exact entropy of `entropy` and the reward form diffsmooth(a, -a) have the same expected gradient, a grad H."""
+    """For one-token answers the loss `entropy` and the reward form diffsmooth(a, -a) both climb a H."""
     gradient = exact_gradient(lambda pi: -coef * (pi * pi.log()).sum())
     grpo = expected_gradient("grpo")
-    check(f"entropy, coefficient {coef}: it climbs {coef} H", expected_gradient("entropy", entropy_coef=coef) - grpo, -gradient,
-          bugs={"the wrong sign": gradient.tolist(), "the entropy has no gradient": [0.0] * 5})
+    check(f"entropy, coefficient {coef}: it climbs {coef} H", expected_gradient("entropy", entropy_coef=coef) - grpo,
+          -gradient, bugs={"the wrong sign": gradient.tolist(), "the entropy has no gradient": [0.0] * 5})
     ds = expected_gradient("diffsmooth", reduction="sum", gamma_p=coef, gamma_n=-coef, agg="seq_mean")
     check(f"diffsmooth({coef}, {-coef}) is an entropy bonus", ds - grpo, -gradient)
 
@@ -1192,7 +1284,8 @@ def test_one_step_raises_the_chance_of_a_correct_answer(name):
     """One step down the expected gradient raises p: nothing has the wrong sign."""
     options = settings(name)
     step = (Toy.logits - .1 * expected_gradient(name, **options)).softmax(0)
-    assert success(step) > success(Toy.logits.softmax(0)), f"{name}: a step downhill LOWERS the chance of a correct answer; check the sign"
+    assert success(step) > success(Toy.logits.softmax(0)), \
+        f"{name}: a step downhill LOWERS the chance of a correct answer; check the sign"
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -1201,20 +1294,23 @@ def test_sign_of_the_gradient(name):
     options = settings(name, entropy=torch.zeros(6, 1, dtype=F64))
     old = column([-1, -2, -3, -1, -2, -3])
     _, g, _ = run(name, old, old, torch.ones(6, 1), tensor([1, 0, 0, 0, 1, 0]), 3, **options)
-    assert (g[[0, 4]] < 0).all(), f"{name}: the gradient of a correct answer must be negative, so that descent raises it"
+    assert (g[[0, 4]] < 0).all(), \
+        f"{name}: the gradient of a correct answer must be negative, so that descent raises it"
     if name != "sft":
         assert (g[[1, 2, 3, 5]] >= 0).all(), f"{name}: the gradient of a wrong answer must not be negative"
 
 
-BERNOULLI = [("maxrl", {}, .1, .469533, 5e-6, {"all-wrong groups at A = -1": .512580}), ("rft", {}, .1, .512580, 6e-7, {}),
+BERNOULLI = [("maxrl", {}, .1, .469533, 5e-6, {"all-wrong groups at A = -1": .512580}),
+             ("rft", {}, .1, .512580, 6e-7, {}),
              ("pkpo", dict(k=4), .05, .1629, 6e-5, {"one more leave-one-out baseline": .1666}),
              ("pkpo", dict(k=4), .2, .3277, 6e-5, {"one more leave-one-out baseline": .3628}),
              ("pkpo", dict(k=4), .5, .1250, 6e-5, {"one more leave-one-out baseline": .1786})]
 
 
-@pytest.mark.parametrize("name, options, p, slope, atol, bugs", BERNOULLI, ids=[f"{row[0]}-{row[2]}" for row in BERNOULLI])
+@pytest.mark.parametrize("name, options, p, slope, atol, bugs", BERNOULLI,
+                         ids=[f"{row[0]}-{row[2]}" for row in BERNOULLI])
 def test_expected_gradient_in_a_bernoulli_logit(name, options, p, slope, atol, bugs):
-    """G = 8 answers, each right with chance p. Ascent in the logit of p: a right answer's slope is q = 1 - p, a wrong one's -p.
+    """G = 8 answers, each right with chance p. In the logit of p a right answer's slope is q = 1 - p, a wrong one's -p.
 
     maxrl: q(1 - q^7) = .9 * .5217 = .4695. rft, one group a batch, divides by its kept rows: q(1 - q^8) = .512580.
     pkpo, k = 4, p = .5: k q^(k-1) pq = 4 * .125 * .25 = .125; with one more leave-one-out baseline .1786.
@@ -1229,9 +1325,11 @@ def test_expected_gradient_in_a_bernoulli_logit(name, options, p, slope, atol, b
 
 # ---------------------------------------------------------------------------------------------------------- identities
 
-SAME = [("passk", dict(k=1), "grpo", {}), ("focal", dict(focal_gamma=0.0), "grpo", {}), ("ucpo", dict(tau=0.0), "grpo", {}),
+SAME = [("passk", dict(k=1), "grpo", {}), ("focal", dict(focal_gamma=0.0), "grpo", {}),
+        ("ucpo", dict(tau=0.0), "grpo", {}),
         ("diffsmooth", dict(reduction="sum", gamma_p=0.0, gamma_n=0.0, agg="seq_mean"), "grpo", {}),
-        ("diffsmooth", dict(reduction="mean", gamma_p=0.0, gamma_n=0.0, agg="token_mean"), "grpo", dict(agg="token_mean")),
+        ("diffsmooth", dict(reduction="mean", gamma_p=0.0, gamma_n=0.0, agg="token_mean"), "grpo",
+         dict(agg="token_mean")),
         ("entropy", dict(entropy_coef=0.0), "grpo", {}), ("unlikeliness", dict(rank_coef=0.0), "grpo", {}),
         ("dapo", {}, "grpo", dict(agg="token_mean", clip_high=.28))]
 
@@ -1246,34 +1344,61 @@ def test_same_as(name, options, other, other_options):
     check(f"{name} with {options} is {other}: gradient", g, g_expected)
 
 
-def test_other_identities():
-    """rloo = G/(G-1) dr_grpo; pkpo(k=1) advantages are the rewards; w_reinforce is a scaled reinforce; rft of all 1 is sft."""
-    r = Ragged.rewards[:12]
-    check("rloo advantages = G/(G-1) dr_grpo advantages", advantages("rloo", r, 4), 4 / 3 * advantages("dr_grpo", r, 4, max_len=1))
-    r = (r == 1).to(F64)
-    check("pkpo(k=1) advantages = rewards", advantages("pkpo", r, 4, k=1), r)
-    check("w_reinforce(.3, .9) = 1.2 reinforce(baseline=.75)", advantages("w_reinforce", r, 4, w_pos=.3, w_neg=.9),
-          1.2 * advantages("reinforce", r, 4, baseline=.75))
-    for which in (0, 1):
-        check("rft with all rewards 1 is sft", ragged("rft", rewards=torch.ones(20, dtype=F64))[which], ragged("sft")[which])
-    check("diffsmooth_reward with gammas 0 has dr_grpo's advantages",
-          advantages("diffsmooth_reward", r, 4, **dict(DS, gamma_p=0.0, gamma_n=0.0), agg="token_mean"), advantages("dr_grpo", r, 4, max_len=1))
+RIGHT_OR_WRONG = (Ragged.rewards == 1).to(F64)
+A_SAME = [("rloo", {}, 4 / 3, "dr_grpo", dict(max_len=1)), ("pkpo", dict(k=1), 1, "reinforce", {}),
+          ("w_reinforce", dict(w_pos=.3, w_neg=.9), 1.2, "reinforce", dict(baseline=.75)),
+          ("diffsmooth_reward", dict(DS, gamma_p=0.0, gamma_n=0.0, agg="token_mean"), 1, "dr_grpo", dict(max_len=1))]
 
 
-def test_on_policy_equalities():
-    """At ratio 1 no clip acts: gspo has grpo's gradient and cispo dapo's, and clip widths change nothing."""
-    R = Ragged
-    on = lambda name, **o: run(name, R.old_logp, R.old_logp, R.mask, R.rewards, R.G, **o)
-    check("on-policy, gspo has the gradient of grpo", on("gspo")[1], on("grpo")[1])
-    check("on-policy, cispo has the gradient of dapo", on("cispo")[1], on("dapo")[1])
-    check("on-policy, the clip is inert", on("grpo", clip_low=.01, clip_high=.01)[1], on("grpo")[1])
-    _, _, stats = on("grpo")
-    check("on-policy, ratio_max, clip_frac and kl_old", [stats[key] for key in ("ratio_max", "clip_frac", "kl_old")], [1, 0, 0])
-    full = lambda name: run(name, Worked.old_logp, Worked.old_logp, Worked.mask, Worked.rewards, 4)       # no empty row
-    loss, g, _ = full("grpo")
+@pytest.mark.parametrize("name, options, factor, other, other_options", A_SAME, ids=[f"{a[0]}-{a[3]}" for a in A_SAME])
+def test_advantages_same_as(name, options, factor, other, other_options):
+    """rloo = G/(G-1) dr_grpo; pkpo(k=1) has A = r; w_reinforce is reinforce with the baseline w_neg/(w_pos + w_neg)."""
+    check(f"{name} with {options}: advantages are {factor:.4g} times those of {other} with {other_options}",
+          advantages(name, RIGHT_OR_WRONG, 4, **options),
+          factor * advantages(other, RIGHT_OR_WRONG, 4, **other_options))
+
+
+def test_rft_of_correct_answers_only_is_sft():
+    for which, what in enumerate(("loss", "gradient")):
+        check(f"rft with all rewards 1 is sft: {what}", ragged("rft", rewards=torch.ones(20, dtype=F64))[which],
+              ragged("sft")[which])
+
+
+@pytest.mark.parametrize("name, other", [("gspo", "grpo"), ("cispo", "dapo")])
+def test_same_gradient_on_policy(name, other):
+    """At ratio 1 the gradient is -A times the weight of a token, so gspo = grpo and cispo = dapo."""
+    on = lambda name: run(name, Ragged.old_logp, Ragged.old_logp, Ragged.mask, Ragged.rewards, Ragged.G)[1]
+    check(f"on-policy, {name} has the gradient of {other}", on(name), on(other))
+
+
+@pytest.mark.parametrize("name", RL)
+def test_gradient_on_policy(name):
+    """At ratio 1 d loss / d logp = -A_i times the weight of a token in the aggregate, and every clip is inert."""
+    B, options = Ragged, dict(ALL[name], **ORACLE_DEFAULTS.get(name, {}))
+    _, g, stats = run(name, B.old_logp, B.old_logp, B.mask, B.rewards, B.G, entropy=B.entropy, **options)
+    S = torch.where(B.mask.bool(), B.old_logp, 0).sum(1)
+    M = (S / B.lengths.clamp(min=1)).view(-1, B.G).tolist()
+    groups = zip(B.rewards.view(-1, B.G).tolist(), M, S.view(-1, B.G).tolist())
+    A = tensor([oracle_advantages(name, r, m, s, options) for r, m, s in groups]).flatten()
+    lengths = B.lengths.clamp(min=1).to(F64)
+    weight = {"seq_mean": 1 / 19 / lengths, "token_mean": 0 * lengths + 1 / B.lengths.sum(),
+              "seq_sum": 0 * lengths + 1 / 19,
+              "seq_const": 0 * lengths + 1 / 19 / options.get("max_len", 1)}[options.get("agg",
+                                                                                         AGGREGATOR.get(name,
+                                                                                                        "seq_mean"))]
+    check(f"on-policy, {name}: gradient is -A times the weight of a token (19 rows have tokens)", g,
+          -(A * weight)[:, None] * B.mask)
+    check(f"on-policy, {name}: stats ratio_max, clip_frac, kl_old",
+          [stats[key] for key in ("ratio_max", "clip_frac", "kl_old")], [1, 0, 0])
+
+
+def test_loss_on_policy_is_zero_and_still_teaches():
+    """seq_mean with A summing to 0: the loss is 0, the gradient is not. By token_mean with unequal lengths it is not 0."""
+    loss, g, _ = run("grpo", Worked.old_logp, Worked.old_logp, Worked.mask, Worked.rewards, 4)
     check("on-policy, grpo's loss by seq_mean", loss, 0)
     assert g.any(), "on-policy, a loss of 0 still has a gradient"
-    assert abs(full("dapo")[0]) > 1e-3, "on-policy, the loss by token_mean with unequal lengths is not 0"
+    loss, _, _ = run("grpo", Worked.old_logp, Worked.old_logp, Worked.mask, Worked.rewards, 4, agg="token_mean")
+    assert abs(loss) > 1e-3, "on-policy, the loss by token_mean with unequal lengths is not 0"
 
 
 @pytest.mark.parametrize("name", CLIPPED)
@@ -1281,12 +1406,14 @@ def test_aggregators_agree_for_equal_lengths(name):
     """All answers of length L: seq_mean = token_mean = seq_sum / L."""
     R, options = Ragged, dict(ALL[name], entropy=torch.ones(20, 5, dtype=F64))
     args = (R.logp.nan_to_num(-1)[:, :5], R.old_logp.nan_to_num(-1)[:, :5], torch.ones(20, 5), R.rewards, 4)
-    seq_mean, token_mean, seq_sum = (run(name, *args, **dict(options, agg=agg))[0] for agg in ("seq_mean", "token_mean", "seq_sum"))
+    seq_mean, token_mean, seq_sum = (run(name, *args, **dict(options, agg=agg))[0] for agg in ("seq_mean", "token_mean",
+                                                                                               "seq_sum"))
     check(f"{name}: seq_mean and token_mean for equal lengths", seq_mean, token_mean)
     check(f"{name}: seq_mean and seq_sum / L for equal lengths", seq_mean, seq_sum / 5)
 
 
-CENTRED = ["grpo", "rloo", "dr_grpo", "dapo", "gspo", "cispo", "maxrl", "passk", "unlikeliness", "ucpo", "focal", "diffsmooth_reward"]
+CENTRED = ["grpo", "rloo", "dr_grpo", "dapo", "gspo", "cispo", "maxrl", "passk", "unlikeliness", "ucpo", "focal",
+           "diffsmooth_reward"]
 
 
 @pytest.mark.parametrize("name", CENTRED)
@@ -1344,12 +1471,13 @@ def test_swapping_rows_across_groups_matters(name):
     order[[0, 12]] = torch.tensor([12, 0])
     _, g, _ = ragged(name, **ALL[name])
     _, g_swapped, _ = permuted(name, order)
-    assert (g_swapped - g[order]).abs().max() > 1e-4, f"{name}: advantages must come from the own group, but another group made no difference"
+    assert (g_swapped - g[order]).abs().max() > 1e-4, \
+        f"{name}: advantages must come from the own group, but another group made no difference"
 
 
 @pytest.mark.parametrize("name", ["grpo", "dr_grpo", "rloo", "dapo", "gspo", "cispo", "entropy", "maxrl"])
 def test_other_groups_rewards_do_not_matter(name):
-    """Doubling the rewards of group 2 leaves the gradient of group 1 alone: mean and std are the group's, not the batch's."""
+    """Halving the rewards of group 2 leaves group 1's gradient alone: mean and std are the group's, not the batch's."""
     rewards = Ragged.rewards.clone()
     _, g, _ = ragged(name, **ALL[name])
     rewards[4:8] *= .5
@@ -1368,7 +1496,8 @@ def test_a_constant_added_to_a_groups_rewards_changes_nothing(name):
 @pytest.mark.parametrize("name", ["grpo", "dapo", "gspo", "cispo"])
 def test_the_scale_of_the_rewards_does_not_matter(name):
     """Rewards x 10 change GRPO's advantages only through eps = 1e-6 (relative 1e-6 or so)."""
-    check(f"{name}: gradient after multiplying rewards by 10", ragged(name, rewards=10 * Ragged.rewards)[1], ragged(name)[1], 1e-6, 3e-5)
+    check(f"{name}: gradient after multiplying rewards by 10", ragged(name, rewards=10 * Ragged.rewards)[1],
+          ragged(name)[1], 1e-6, 3e-5)
 
 
 @pytest.mark.parametrize("name", ["dr_grpo", "rloo"])
@@ -1381,7 +1510,7 @@ def test_without_std_the_scale_of_the_rewards_stays(name):
 def test_any_chunking_gives_the_same_update(name):
     """The chain rule cut at logp: d loss / d logp of the whole batch, pushed through a softmax in chunks of 1, 3, 20 rows.
 
-    The gradient of the (B, T) entropies goes the same way; a loss that computed its own denominators per chunk could not do this.
+    The gradient of the (B, T) entropies goes the same way.
     """
     R, V = Ragged, 6
     logits = torch.randn(20, 7, V, dtype=F64, generator=torch.Generator().manual_seed(6))
@@ -1398,33 +1527,39 @@ def test_any_chunking_gives_the_same_update(name):
     assert plain.any()
     leaves = [x.detach().requires_grad_() for x in score(weight, slice(None))]
     loss, _ = getattr(L, name)(leaves[0], old, R.mask, R.rewards, R.G, entropy=leaves[1], **ALL[name])
-    gradients = [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, torch.autograd.grad(loss, leaves, allow_unused=True))]
+    gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
+    gradients = [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, gradients)]
     for size in (1, 3, 20):
         total = torch.zeros(V, dtype=F64)
         for rows in torch.arange(20).split(size):
-            total += torch.autograd.grad(sum((x * g[rows]).sum() for x, g in zip(score(weight, rows), gradients)), weight)[0]
+            total += torch.autograd.grad(sum((x * g[rows]).sum() for x, g in zip(score(weight, rows), gradients)),
+                                         weight)[0]
         check(f"{name}: gradient of the weights in chunks of {size} rows", total, plain)
 
 
 # --------------------------------------------------------------------------------------------------------------- stats
 
 def test_stats_of_the_worked_batch():
-    """Rows 1 (A > 0, ratio 1.35), 4 (A < 0, .74) and 7 (A < 0, .67) are cut: 1 + 2 + 1 of 17 tokens; |ratio - 1| > .2 would say 7.
+    """Rows 1 (A > 0, ratio 1.35), 4 (A < 0, .74), 7 (A < 0, .67) are cut: 1 + 2 + 1 of 17 tokens, not |ratio - 1| > .2.
 
     ratio_max e^.4; mean |A| (4 * .999998 + 1.732047 + 3 * .577349) / 8; kl_old is the mean of ratio - 1 - log ratio.
     """
     _, _, stats = worked("grpo")
-    check("grpo: stats['clip_frac']", stats["clip_frac"], 4 / 17, 1e-6, bugs={"|ratio - 1| > .2, which over-counts": 7 / 17,
-                                                                             "a mean over padding too": 4 / 24})
+    check("grpo: stats['clip_frac']", stats["clip_frac"], 4 / 17, 1e-6,
+          bugs={"|ratio - 1| > .2, which over-counts": 7 / 17, "a mean over padding too": 4 / 24})
     check("grpo: stats['ratio_max']", stats["ratio_max"], math.exp(.4), 1e-6)
     check("grpo: stats['adv_abs']", stats["adv_abs"], (4 * .999998 + 1.732047 + 3 * .577349) / 8, 1e-6)
     check("grpo: stats['zero_std_frac']", stats["zero_std_frac"], 0)
     d = (Worked.logp - Worked.old_logp)[Worked.mask.bool()]
-    check("grpo: stats['kl_old'], k3 of tokens drawn from the old policy", stats["kl_old"], (d.exp() - 1 - d).mean(), 1e-6,
-          bugs={"the other direction": (torch.exp(-d) - 1 + d).mean().item()})
+    check("grpo: stats['kl_old'], k3 of tokens drawn from the old policy", stats["kl_old"], (d.exp() - 1 - d).mean(),
+          1e-6, bugs={"the other direction": (torch.exp(-d) - 1 + d).mean().item()})
     d = (Worked.logp - Worked.ref_logp)[Worked.mask.bool()]
     check("grpo: stats['kl'], k3 to the reference", stats["kl"], (torch.exp(-d) - 1 + d).mean(), 1e-6)
-    check("gspo: stats['clip_frac'] counts all tokens of a cut answer, rows 1, 4, 5, 7", worked("gspo")[2]["clip_frac"], 7 / 17, 1e-6)
+
+
+def test_clip_frac_of_gspo():
+    """A cut answer has no gradient on any token: rows 1, 4, 5 and 7, so 1 + 2 + 3 + 1 of 17."""
+    check("gspo: stats['clip_frac']", worked("gspo")[2]["clip_frac"], 7 / 17, 1e-6)
 
 
 def test_share_of_groups_without_signal():

@@ -1,0 +1,117 @@
+"""One whole step of RL (sampling, scoring, backward, update) beside trl.GRPOTrainer: same model, prompts, G, lengths, loss.
+
+    python tests/bench/bench_step.py                # minutes on two CPU cores; --quick: about one
+    pip install trl                                 # the peer; without it only our own step is timed
+
+Both train the default policy in fp32 with AdamW, beta 0, one update a rollout, one micro-batch and a reward that costs
+nothing. TRL runs with gradient_checkpointing=False, top_k=0 and logging of nothing; its steps and ours take turns in one
+process. Both stop at the same token, so lengths are distributed alike; they are printed.
+"""
+import argparse
+import functools
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import losses
+import policy as policy_module
+import train
+from bench_logprobs import clock, quartiles, version
+from sample import sample
+
+PROMPT = "4 7 2 9,24="
+
+
+def our_step(prompts, G, new):
+    """A function that makes one step and returns (seconds of sampling, seconds of all, mean length)."""
+    policy, tokenizer = policy_module.tiny()
+    optimizer, generator = train.make_optimizer(policy, 1e-5), torch.Generator().manual_seed(0)
+    loss = functools.partial(losses.grpo)
+
+    def step():
+        start = clock()
+        rollout = sample(policy, tokenizer, [PROMPT] * prompts, G, new, 1.0, generator)
+        sampled = clock() - start
+        rewards = torch.tensor([float(len(text) % 2) for text in rollout.texts])
+        train.train_step(policy, optimizer, rollout, rewards, loss, G)
+        return sampled, clock() - start, rollout.mask.sum(1).float().mean().item()
+    return step
+
+
+def with_trl(prompts, G, new, rounds, ours, folder):
+    """Rounds of a TRL step and one of ours, by turns -> (TRL's seconds, TRL's mean lengths, what `ours` returned)."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+    policy_module.save(*policy_module.tiny(), folder / "model")
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    _, tokenizer = policy_module.tiny()
+    seconds, lengths, results = [], [], []
+
+    class Turns(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            self.start = clock()
+
+        def on_step_end(self, *args, **kwargs):
+            seconds.append(clock() - self.start)
+            results.append(ours())
+
+    def reward(completions, **kwargs):
+        lengths.append(sum(len(text) for text in completions) / len(completions))
+        return [float(len(text) % 2) for text in completions]
+
+    config = GRPOConfig(output_dir=str(folder / "out"), use_cpu=True, bf16=False, beta=0.0, num_generations=G,
+                        per_device_train_batch_size=prompts * G, gradient_accumulation_steps=1, max_completion_length=new,
+                        max_steps=rounds, learning_rate=1e-5, temperature=1.0, top_k=0, top_p=1.0, loss_type="grpo",
+                        gradient_checkpointing=False, report_to=[], logging_strategy="no", save_strategy="no",
+                        disable_tqdm=True, dataloader_pin_memory=False)
+    GRPOTrainer(model=model, reward_funcs=reward, args=config, processing_class=tokenizer, callbacks=[Turns()],
+                train_dataset=Dataset.from_list([{"prompt": PROMPT}] * prompts)).train()
+    return seconds, lengths, results
+
+
+def bench(prompts, G, new, rounds):
+    ours = our_step(prompts, G, new)
+    ours()                                             # warm-up
+    try:
+        threads = torch.get_num_threads()
+        with tempfile.TemporaryDirectory() as folder:
+            theirs, lengths, results = with_trl(prompts, G, new, rounds + 1, ours, Path(folder))
+        assert torch.get_num_threads() == threads, "TRL changed the number of threads"
+    except ImportError as error:
+        print(f"TRL skipped ({error})")
+        theirs, lengths, results = [], [], [ours() for _ in range(rounds + 1)]
+    sampling, whole, our_lengths = zip(*results[1:])
+    times = {"ours, sampling": quartiles(sampling), "ours, whole step": quartiles(whole)}
+    if theirs:
+        times["TRL, whole step"] = quartiles(theirs[1:])
+    print(f"\n{prompts} prompts x {G} answers, at most {new} tokens; mean length ours {sum(our_lengths) / len(our_lengths):.1f} tokens"
+          + (f", TRL's {sum(lengths) / len(lengths):.1f} characters" if lengths else ""))
+    for name, (low, middle, high) in times.items():
+        print(f"{name:20}{f'{middle * 1e3:.0f} ms ({low * 1e3:.0f}-{high * 1e3:.0f})':>26}{middle / times['ours, whole step'][1]:>8.2f}")
+    return {"prompts": prompts, "G": G, "new": new, "seconds_quartiles": times}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="one small batch, few rounds")
+    parser.add_argument("--threads", type=int, help="with 1, processor time is measured: for a busy machine")
+    parser.add_argument("--rounds", type=int)
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    versions = {name: version(name) for name in ("torch", "transformers", "trl")}
+    print(f"{versions}, {torch.get_num_threads()} threads")
+    shapes = [(8, 16, 20)] if args.quick else [(8, 16, 20), (32, 16, 20), (16, 16, 64)]
+    rows = [bench(*shape, args.rounds or (5 if args.quick else 15)) for shape in shapes]
+    print(json.dumps({"bench": "step", "versions": versions, "threads": torch.get_num_threads(), "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""How y is drawn: the sampler against a full forward pass, one row at a time.
+
+Bugs killed here: cache shifted by one, left padding read or counted as positions, another row's prompt, rows mixed up when
+finished ones leave, temperature missing from the recorded log-probability, stop token outside the mask, a zero-probability
+token drawn, draws that depend on who is still alive.
+"""
+import pytest
+import torch
+from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+import policy as policy_module
+import sample as sampling
+from sample import draw, sample
+
+SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+             max_position_embeddings=64, tie_word_embeddings=True, eos_token_id=1)
+FAMILIES = {"llama": lambda V: LlamaConfig(vocab_size=V, **SIZES), "qwen2": lambda V: Qwen2Config(vocab_size=V, **SIZES),
+            "qwen3": lambda V: Qwen3Config(vocab_size=V, head_dim=16, **SIZES),
+            "mistral": lambda V: MistralConfig(vocab_size=V, sliding_window=4, **SIZES)}
+PROMPTS = ["4 7 2 9,24=", "1,2=", "3 9 9,7="]
+
+
+def build(family="llama", seed=0):
+    _, tokenizer = policy_module.tiny(width=16, layers=1, heads=1, kv_heads=1, inner=16)
+    policy = policy_module.Policy(FAMILIES[family](len(tokenizer)))
+    generator = torch.Generator().manual_seed(seed)
+    for weight in policy.parameters():
+        torch.nn.init.normal_(weight, std=0.3, generator=generator)
+    policy.stop_ids = [1, 4, 9, 14]                    # several, so that answers differ in length
+    return policy, tokenizer
+
+
+def drawn(policy, tokenizer, prompts=PROMPTS, G=4, new=14, temperature=1.0, seed=0):
+    return sample(policy, tokenizer, prompts, G, new, temperature, torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_recorded_log_probabilities_are_those_of_a_full_forward(family, temperature):
+    """Cached decoding from one shared prefill, in a left-padded batch, against each row alone and whole."""
+    policy, tokenizer = build(family)
+    with torch.no_grad():
+        rollout = drawn(policy, tokenizer, temperature=temperature)
+        assert len(set(rollout.mask.sum(1).tolist())) > 2, "the batch must be ragged"
+        for row in range(len(rollout.texts)):
+            prompt, n = rollout.tokens[row, :rollout.prompt_mask.shape[1]][rollout.prompt_mask[row]], int(rollout.mask[row].sum())
+            tokens = torch.cat([prompt, rollout.response[row, :n]])
+            scores = policy(tokens[None])[0] @ policy.head.T / temperature
+            right = scores.log_softmax(-1)[len(prompt) - 1:-1].gather(1, tokens[len(prompt):, None])[:, 0]
+            error = (rollout.logp[row, :n] - right).abs().max()
+            assert error < 1e-5, f"{family}, row {row}: the sampler's log-probabilities are off by {error:.1e}"
+
+
+def test_dropping_finished_rows_changes_no_token(monkeypatch):
+    policy, tokenizer = build()
+    kept = {}
+    for every in (1, 3, 1000):
+        monkeypatch.setattr(sampling, "LOOK_EVERY", every)
+        kept[every] = drawn(policy, tokenizer)
+    assert (kept[1].mask.sum(1) < 5).sum() > 2, "some rows must end early"
+    for every in (1, 3):
+        assert torch.equal(kept[every].response, kept[1000].response), f"looking every {every} steps changed a token"
+        assert torch.allclose(kept[every].logp, kept[1000].logp, atol=1e-5)
+
+
+def test_mask_ends_with_the_first_stop_token():
+    policy, tokenizer = build()
+    rollout = drawn(policy, tokenizer, G=8)
+    for row, ids in enumerate(rollout.response.tolist()):
+        n, stops = int(rollout.mask[row].sum()), [t for t, token in enumerate(ids) if token in policy.stop_ids]
+        assert rollout.mask[row].tolist() == [t < n for t in range(len(ids))], "the mask is 1 up to some length, then 0"
+        if rollout.finished[row]:
+            assert n == stops[0] + 1, f"row {row}: the stop token must be inside mask, position {stops[0]}"
+        else:
+            assert n == 14 and ids[-1] not in policy.stop_ids, f"row {row}: a cut answer fills the budget"
+        assert (rollout.logp[row, n:] == 0).all() and (rollout.logp[row, :n] < 0).all()
+    assert 0 < rollout.finished.sum() < len(rollout.finished), "the batch must hold both kinds"
+
+
+def test_an_answer_that_stops_at_once_has_one_token():
+    policy, tokenizer = build()
+    policy.stop_ids = list(range(policy.config.vocab_size))
+    rollout = drawn(policy, tokenizer)
+    assert rollout.mask.shape == (12, 1) and rollout.mask.all() and rollout.finished.all()
+    assert rollout.texts == [""] * 12, "the stop token is not part of the text"
+
+
+def test_seeds_and_rows():
+    policy, tokenizer = build()
+    one, same, other = (drawn(policy, tokenizer, seed=seed) for seed in (0, 0, 1))
+    assert one.texts == same.texts and torch.equal(one.logp, same.logp), "same seed, same text"
+    assert one.texts != other.texts, "another seed, other text"
+    assert len(set(one.texts[:4])) > 1, "rows of a group must differ"
+
+
+def test_shared_prefill_is_separate_prefill():
+    """A group of 4 from one prompt draws what four copies of the prompt draw, given the same uniforms."""
+    policy, tokenizer = build()
+    shared, separate = drawn(policy, tokenizer, PROMPTS, 4), drawn(policy, tokenizer, [p for p in PROMPTS for _ in range(4)], 1)
+    assert torch.equal(shared.response, separate.response) and torch.allclose(shared.logp, separate.logp, atol=1e-5)
+
+
+def test_draws_follow_the_softmax():
+    """60,000 draws of one token against its probabilities: a chi-square of 21 categories stays below 47 (p = .001)."""
+    policy, tokenizer = build()
+    rollout = drawn(policy, tokenizer, ["4 7 2 9,24="], 60000, 1, temperature=1.5)
+    with torch.no_grad():
+        p = (policy(torch.tensor([tokenizer("4 7 2 9,24=").input_ids]))[0, -1] @ policy.head.T / 1.5).softmax(-1)
+    counts = torch.bincount(rollout.response[:, 0], minlength=len(p))
+    chi_square = ((counts - 60000 * p) ** 2 / (60000 * p)).sum().item()
+    assert chi_square < 47, f"chi-square {chi_square:.1f}"
+
+
+def test_draw_never_picks_an_impossible_token():
+    probs = torch.tensor([[0., .3, 0., .7, 0.]]).repeat(4, 1)
+    picked = draw(probs, torch.tensor([0., .2999, .3001, 1 - 2 ** -24])).tolist()
+    assert picked == [1, 1, 3, 3], picked
+
+
+def test_a_prompt_that_does_not_fit_is_refused():
+    policy, tokenizer = build()
+    with pytest.raises(ValueError, match="exceed the model's context of 64"):
+        drawn(policy, tokenizer, new=60)
