@@ -270,9 +270,9 @@ def allowed(mask, T, S, window, device):
 class Stepper:
     """`Policy.forward` for one token a row, on plain tensors: where sampling spends its time.
 
-    The same mathematics in a third of the operations: q, k and v are one product, gate and up another; a norm's weight is
-    folded into the matrix that reads it, a residual is added by the product before it, and the query heads that share a
-    key head are the rows of one small product. The weights are copies: a Stepper serves one `sample` call.
+    The same mathematics in fewer operations: q, k and v are one product, gate and up another; a norm's weight is folded
+    into the matrix that reads it, a residual is added by the product before it, and the query heads that share a key
+    head are the rows of one small product. The weights are copies: a Stepper serves one `sample` call.
     """
 
     def __init__(self, policy, cache, rows, mask, room):
@@ -292,7 +292,7 @@ class Stepper:
         # What is added to the attention scores: -inf hides padding and slots not yet written.
         seen = F.pad(mask[rows], (0, room), value=False)[:, None]                                   # (B, 1, S)
         self.bias = torch.where(seen, 0.0, -math.inf).to(dtype).repeat_interleave(self.kv_heads, 0)     # (B kv, 1, S)
-        self.padding = (~mask[rows]).sum(1)                                     # (B,) a position counts real tokens only
+        self.padding = (~mask[rows]).sum(1)                                     # (B,): positions count real tokens only
         self.slot = torch.tensor([cache.length], device=rows.device)            # where the next token's keys go
 
     def step(self, token, span):
@@ -305,7 +305,7 @@ class Stepper:
         for layer, keys, values, window in zip(self.layers, self.keys, self.values, self.windows):
             (qkv, qkv_bias), qk_norm, (out, out_bias), (gate_up, gate_up_bias), (down, down_bias) = layer
             heads = F.linear(F.rms_norm(x, x.shape[-1:], eps=self.eps), qkv, qkv_bias).view(B, H + 2 * KV, size)
-            qk, v = heads.split([H + KV, KV], dim=1)                            # (B, H + KV, head_dim), (B, KV, head_dim)
+            qk, v = heads.split([H + KV, KV], dim=1)                            # (B, H + KV, head_dim), (B, KV, ..)
             if qk_norm is not None:
                 qk = F.rms_norm(qk, (size,), eps=self.eps) * qk_norm
             qk = (qk * cos).addcmul_(qk.roll(size // 2, dims=-1), sin)          # `rotate` in three operations
@@ -351,8 +351,8 @@ def fused(block, dtype):
 
 # ------------------------------------------------------------------------------------------- log-probability of a token
 
-# Per device: logits up to the first number of bytes are kept for the backward pass, larger ones are computed again. They
-# are made a tile at a time; a tile has the second number of bytes (a CPU's cache) and at least the third of rows.
+# Per device: logits up to the first number of bytes are kept for the backward pass, larger ones are computed again.
+# They are made a tile at a time; a tile has the second number of bytes (a CPU's cache) and at least the third of rows.
 MEMORY = {"cpu": (256 << 20, 1 << 20, 512), "cuda": (4 << 30, 256 << 20, 8192)}
 
 
@@ -376,8 +376,8 @@ def token_logprobs(hidden, weight, targets, temperature=1.0):
 class TokenLogprobs(torch.autograd.Function):
     """The softmax's own gradient, written out. With P = softmax(x), H its entropy, g and e the upstream gradients:
 
-        d logp / d x = onehot(target) - P,    d H / d x = -P (log P + H),    dx = g onehot(target) - P (g + e (log P + H))
-        d hidden = dx W / temperature,        d weight = dx^T hidden / temperature
+        d logp / d x = onehot(target) - P            dx = g onehot(target) - P (g + e (log P + H))
+        d H / d x = -P (log P + H)                   d hidden = dx W / temperature, d weight = dx^T hidden / temperature
     """
 
     @staticmethod
@@ -461,7 +461,7 @@ def add_product(total, a, b, temperature):
 
 
 def column_in(part, targets):
-    """Each target's column in a slice of the vocabulary (rows, 1), column 0 where it lies outside; and if it is inside."""
+    """Each target's column in a slice of the vocabulary (rows, 1), 0 where it lies outside; and whether it is inside."""
     inside = (targets >= part.start) & (targets < part.stop)
     return torch.where(inside, targets - part.start, 0)[:, None], inside
 
@@ -560,6 +560,8 @@ def load(name_or_path, device="cpu", dtype=torch.float32):
     config = read(described, lambda: AutoConfig.from_pretrained(folder, trust_remote_code=False))
     if getattr(config, "quantization_config", None):
         raise ValueError(f"'{name_or_path}' is quantised; only fp32, bf16 and fp16 weights can be trained here.")
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise ValueError(f"'{name_or_path}' has no tokenizer; transformers would make up an empty one.")
     tokenizer = read(f"the tokenizer in {folder}", lambda: AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
     with torch.device("meta"):
         policy = Policy(config)

@@ -60,7 +60,7 @@ def sample(policy, tokenizer, prompts, group_size, max_new_tokens, temperature=1
     token, t = torch.zeros_like(alive), torch.zeros(1, dtype=torch.int64, device=device)
 
     def pick(hidden):
-        """Draw token number t of the rows alive and note it. Tensors only, written in place: a CUDA graph can hold it."""
+        """Draw token number t of the rows alive and note it. All state is written in place: a CUDA graph can hold it."""
         all_logp = stepper.logits(hidden, temperature).log_softmax(-1)          # (alive, V) fp32
         token.copy_(draw(all_logp.exp(), uniform[t, alive]))                    # (alive,)
         response[alive, t] = token
@@ -80,7 +80,7 @@ def sample(policy, tokenizer, prompts, group_size, max_new_tokens, temperature=1
                 alive, token, replay = alive[going], token[going], None
                 stepper.keep(going)
         if device.type == "cuda" and not any(stepper.windows):
-            if replay is None or P + done > span:      # a graph has fixed shapes: one for each SPAN slots, as rows are dropped
+            if replay is None or P + done > span:      # a graph has fixed shapes: a new one for more slots or fewer rows
                 span = min(P + max_new_tokens, -(-(P + done) // SPAN) * SPAN)
                 replay = capture(lambda: pick(stepper.step(token, span)), (token, t, stepper.slot))
             replay()

@@ -356,7 +356,7 @@ def parse(argv):
     flag("--group-size", type=int, default=16, help="answers a problem (G)")
     flag("--temperature", type=float, default=1.0, help="of sampling, and of every log-probability")
     flag("--dynamic-sampling", type=int, default=0, help="redraw groups that are all right or all wrong, at most this often")
-    flag("--steps", type=int, default=300, help="rollouts")
+    flag("--steps", type=int, default=500, help="rollouts")
     flag("--updates", type=int, default=1, help="optimiser steps a rollout, each on its share of the prompts")
     flag("--lr", type=float, default=1e-4)
     flag("--warmup", type=int, default=10, help="steps over which the learning rate rises to --lr")
@@ -364,7 +364,7 @@ def parse(argv):
     flag("--micro-batch", type=int, default=0, help="rows in one forward and backward: lower it when memory runs out; 0: all")
     flag("--base", default="base", help="the warm-started policy, made once as runs/BASE")
     flag("--warm-steps", type=int, default=600, help="warm start: steps of cross-entropy")
-    flag("--eval-problems", type=int, default=256, help="held-out problems in the table at the end; 0: no table")
+    flag("--eval-problems", type=int, default=512, help="held-out problems in the table at the end; 0: no table")
     flag("--eval-samples", type=int, default=64, help="answers to each of them")
     flag("--rows", type=int, default=1024, help="answers sampled at once: lower it when memory runs out")
     flag("--name", help="the run's folder is runs/NAME; default: the loss's name")
@@ -518,6 +518,11 @@ def run(argv=None):
     task = make_task(args, tokenizer, held_out=0.0 if args.eval_data else 0.1)
     if getattr(args, "max_len", 0) is None:
         args.max_len = args.max_new_tokens
+    judge = task if args.eval_data is None else make_task(
+        argparse.Namespace(**vars(args) | {"data": args.eval_data}), tokenizer, held_out=1.0)
+    exam = judge.held_out_problems(args.eval_problems)                          # told now if there are too few, not at the end
+    if args.eval_problems and not exam:
+        raise ValueError(f"'{args.eval_data or args.data}' holds no problem to evaluate on: --eval-problems 0 does without.")
     folder, lock = open_run(args)
 
     own = {name: getattr(args, name) for name in hyperparameters(args.loss)}
@@ -583,7 +588,7 @@ def run(argv=None):
     on_signal(f"stopped after the last step, all saved; the table is made by: {again}")
     save_model(policy, tokenizer, folder / "model")
     if args.eval_problems and rank() == 0:
-        compare(start, folder, tokenizer, args, device, dtype)
+        compare(start, folder, tokenizer, judge, exam, args, device, dtype)
     return 0
 
 
@@ -668,12 +673,9 @@ def save_model(policy, tokenizer, path):
         policy_module.save(policy, tokenizer, path, state)
 
 
-def compare(start, folder, tokenizer, args, device, dtype):
+def compare(start, folder, tokenizer, task, problems, args, device, dtype):
     """The table at the end: the start and the trained policy on the same held-out problems."""
-    task = make_task(args, tokenizer)
-    if args.eval_data:
-        task = make_task(argparse.Namespace(**vars(args) | {"data": args.eval_data}), tokenizer, held_out=1.0)
-    problems, results = task.held_out_problems(args.eval_problems), {}
+    results = {}
     for label, where in (("start", start), (args.name, folder / "model")):
         policy, _ = policy_module.load(where, device, dtype)
         generator = torch.Generator(policy.device).manual_seed(0)
