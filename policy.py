@@ -563,6 +563,9 @@ def load(name_or_path, device="cpu", dtype=torch.float32):
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise ValueError(f"'{name_or_path}' has no tokenizer; transformers would make up an empty one.")
     tokenizer = read(f"the tokenizer in {folder}", lambda: AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(f"'{name_or_path}' is mixed up: its tokenizer has {len(tokenizer)} tokens, more than the "
+                         f"{config.vocab_size} of its vocabulary.")
     with torch.device("meta"):
         policy = Policy(config)
     policy.load_state_dict(read_weights(folder, policy.state_dict(), device), assign=True)

@@ -1,7 +1,7 @@
 """token_logprobs: the tiled softmax with its hand-written gradient, held to the two lines of its docstring.
 
-Bugs killed here: temperature left out of a gradient or applied twice, entropy of a tile taken for that of the row, target in
-another tile, last tile cut, -inf - -inf in the first tile, tiles overwritten and then read again, gradient of an unused
+Bugs killed here: temperature left out of a gradient or applied twice, entropy of a tile taken for that of the row, target
+in another tile, last tile cut, -inf - -inf in the first tile, tiles overwritten and then read again, gradient of an unused
 output made up, bf16 logits, gradient rounded to bf16 on its way to fp32 weights, a kept (N, V) array beyond the budget.
 """
 import os
@@ -104,7 +104,8 @@ def test_bf16_hidden_with_fp32_weight():
 
 def test_shape_and_no_token():
     hidden, weight, targets, *_ = inputs(12, 4, 9)
-    flat, shaped = token_logprobs(hidden, weight, targets), token_logprobs(hidden.view(3, 4, 4), weight, targets.view(3, 4))
+    flat = token_logprobs(hidden, weight, targets)
+    shaped = token_logprobs(hidden.view(3, 4, 4), weight, targets.view(3, 4))
     assert all(torch.equal(a.view(3, 4), b) and b.shape == (3, 4) for a, b in zip(flat, shaped))
     logp, entropy = token_logprobs(hidden[:0], weight, targets[:0])
     assert logp.shape == entropy.shape == (0,)
@@ -124,11 +125,11 @@ def test_inputs_are_not_written_and_backward_repeats(keep, monkeypatch):
 
 
 class Counter(TorchDispatchMode):
-    """Counts matrix products, the largest array made, and the arrays of a wanted width that are alive at once."""
+    """Counts matrix products, and the bytes of the largest array made."""
 
     def __init__(self):
         super().__init__()
-        self.products, self.largest, self.alive = 0, 0, {}
+        self.products, self.largest = 0, 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
@@ -164,7 +165,8 @@ def test_frozen_head_gets_no_gradient():
 
 PEAK = r"""
 import re, torch, policy
-peak = lambda: int(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1]) // 1024      # MB, of this process alone
+status = lambda: open("/proc/self/status").read()
+peak = lambda: int(re.search(r"VmHWM:\s+(\d+)", status())[1]) // 1024           # MB; ru_maxrss would begin with the parent's
 torch.set_num_threads(1)
 N, D, V = 4096, 8, 20011                               # the logits: 328 MB
 hidden, weight = torch.randn(N, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
@@ -205,7 +207,8 @@ for upstream in (None, e):
     for dtype in (torch.float32, torch.bfloat16):
         ours = policy.unfold_on_gpu(x, target - first, lse, entropy, g, upstream, dtype)
         plain = policy.unfold(x.clone(), target, part, lse, entropy, g, upstream, dtype)
-        assert ours.dtype == dtype and torch.allclose(ours, plain, atol=1e-6 if dtype == torch.float32 else 1e-2), "unfold"
+        close = torch.allclose(ours, plain, atol=1e-6 if dtype == torch.float32 else 1e-2)
+        assert ours.dtype == dtype and close, "unfold"
 """
 
 

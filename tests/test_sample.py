@@ -2,21 +2,27 @@
 
 Bugs killed here: cache shifted by one, left padding read or counted as positions, another row's prompt, rows mixed up when
 finished ones leave, temperature missing from the recorded log-probability, stop token outside the mask, a zero-probability
-token drawn, draws that depend on who is still alive.
+token drawn, draws that depend on who is still alive, an end-of-answer token taken for padding, a prompt that begins twice.
 """
 import pytest
 import torch
-from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+from transformers import (LlamaConfig, MinistralConfig, MistralConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config)
 
 import policy as policy_module
 import sample as sampling
-from sample import draw, sample
+from sample import chat, draw, encode, sample
 
 SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
              max_position_embeddings=64, tie_word_embeddings=True, eos_token_id=1)
+OTHER = dict(SIZES, tie_word_embeddings=False, attention_bias=True, mlp_bias=True, rope_parameters=dict(
+    rope_type="llama3", rope_theta=1e4, factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32))
 FAMILIES = {"llama": lambda V: LlamaConfig(vocab_size=V, **SIZES), "qwen2": lambda V: Qwen2Config(vocab_size=V, **SIZES),
             "qwen3": lambda V: Qwen3Config(vocab_size=V, head_dim=16, **SIZES),
-            "mistral": lambda V: MistralConfig(vocab_size=V, sliding_window=4, **SIZES)}
+            "mistral": lambda V: MistralConfig(vocab_size=V, sliding_window=4, **SIZES),
+            "ministral": lambda V: MinistralConfig(vocab_size=V, head_dim=8, sliding_window=5, **SIZES, layer_types=[
+                "sliding_attention", "full_attention", "sliding_attention"]),
+            "llama with biases, a head of its own, stretched positions": lambda V: LlamaConfig(vocab_size=V, **OTHER)}
 PROMPTS = ["4 7 2 9,24=", "1,2=", "3 9 9,7="]
 
 
@@ -51,8 +57,19 @@ def test_recorded_log_probabilities_are_those_of_a_full_forward(family, temperat
             assert error < 1e-5, f"{family}, row {row}: the sampler's log-probabilities are off by {error:.1e}"
 
 
-def test_dropping_finished_rows_changes_no_token(monkeypatch):
-    policy, tokenizer = build()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_prompts_in_the_batch_change_nothing(family):
+    """Nearly greedy, so that text can be compared: a prompt alone, and padded on the left to the width of longer ones."""
+    policy, tokenizer = build(family)
+    together = drawn(policy, tokenizer, G=1, temperature=0.02)
+    for row, prompt in enumerate(PROMPTS):
+        alone = drawn(policy, tokenizer, [prompt], G=1, temperature=0.02)
+        assert alone.texts == [together.texts[row]], f"{family}: the answer to {prompt!r} depends on its neighbours"
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral"])
+def test_dropping_finished_rows_changes_no_token(monkeypatch, family):
+    policy, tokenizer = build(family)
     kept = {}
     for every in (1, 3, 1000):
         monkeypatch.setattr(sampling, "LOOK_EVERY", every)
@@ -74,6 +91,7 @@ def test_mask_ends_with_the_first_stop_token():
         else:
             assert n == 14 and ids[-1] not in policy.stop_ids, f"row {row}: a cut answer fills the budget"
         assert (rollout.logp[row, n:] == 0).all() and (rollout.logp[row, :n] < 0).all()
+    assert torch.equal(rollout.tokens[:, rollout.prompt_mask.shape[1]:], rollout.response)
     assert 0 < rollout.finished.sum() < len(rollout.finished), "the batch must hold both kinds"
 
 
@@ -83,6 +101,14 @@ def test_an_answer_that_stops_at_once_has_one_token():
     rollout = drawn(policy, tokenizer)
     assert rollout.mask.shape == (12, 1) and rollout.mask.all() and rollout.finished.all()
     assert rollout.texts == [""] * 12, "the stop token is not part of the text"
+
+
+def test_without_a_stop_token_every_answer_is_cut():
+    policy, tokenizer = build()
+    policy.stop_ids = []
+    for new in (1, 9):
+        rollout = drawn(policy, tokenizer, new=new)
+        assert rollout.mask.shape == (12, new) and rollout.mask.all() and not rollout.finished.any()
 
 
 def test_seeds_and_rows():
@@ -101,23 +127,79 @@ def test_shared_prefill_is_separate_prefill():
 
 
 def test_draws_follow_the_softmax():
-    """60,000 draws of one token against its probabilities: a chi-square of 21 categories stays below 47 (p = .001)."""
+    """20,000 draws of one token against its probabilities: chi-square with 21 degrees stays below 47 (p = .001)."""
     policy, tokenizer = build()
-    rollout = drawn(policy, tokenizer, ["4 7 2 9,24="], 60000, 1, temperature=1.5)
+    rollout = drawn(policy, tokenizer, ["4 7 2 9,24="], 20000, 1, temperature=1.5)
     with torch.no_grad():
         p = (policy(torch.tensor([tokenizer("4 7 2 9,24=").input_ids]))[0, -1] @ policy.head.T / 1.5).softmax(-1)
     counts = torch.bincount(rollout.response[:, 0], minlength=len(p))
-    chi_square = ((counts - 60000 * p) ** 2 / (60000 * p)).sum().item()
-    assert chi_square < 47, f"chi-square {chi_square:.1f}"
+    chi_square = ((counts - 20000 * p) ** 2 / (20000 * p)).sum().item()
+    assert chi_square < 47, f"the draws do not follow the softmax: chi-square {chi_square:.1f}"
 
 
 def test_draw_never_picks_an_impossible_token():
     probs = torch.tensor([[0., .3, 0., .7, 0.]]).repeat(4, 1)
     picked = draw(probs, torch.tensor([0., .2999, .3001, 1 - 2 ** -24])).tolist()
     assert picked == [1, 1, 3, 3], picked
+    logits = 40 * torch.randn(512, 3000, generator=torch.Generator().manual_seed(0))    # most probabilities underflow to 0
+    logits[:, 2990:] = -1e4
+    for u in (0.0, 1e-7, 0.5, 1 - 2 ** -24):
+        p = logits.softmax(-1).gather(1, draw(logits.softmax(-1), torch.full((512,), u))[:, None])
+        assert (p > 0).all(), f"u = {u}: an impossible token was drawn in {(p == 0).sum()} rows of 512"
 
 
 def test_a_prompt_that_does_not_fit_is_refused():
     policy, tokenizer = build()
     with pytest.raises(ValueError, match="exceed the model's context of 64"):
         drawn(policy, tokenizer, new=60)
+
+
+# ------------------------------------------------------------------------------------------- from strings to token ids
+
+def two_words(template=None, begin=False):
+    """A tokenizer that knows the end of an answer, which is also its padding, and "a"; with `begin`, a first token too."""
+    vocab = {"<eos>": 0, "a": 1} | ({"<bos>": 2} if begin else {})
+    words = Tokenizer(models.WordLevel(vocab, unk_token="a"))
+    words.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    if begin:
+        words.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", pad_token="<eos>",
+                                        **({"bos_token": "<bos>"} if begin else {}))
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def test_two_words_and_prompts_of_one_token():
+    """The smallest vocabulary; padding and the end of an answer are one token, told apart by position."""
+    policy, tokenizer = policy_module.Policy(LlamaConfig(vocab_size=2, **SIZES | {"eos_token_id": 0})), two_words()
+    for weight in policy.parameters():
+        torch.nn.init.normal_(weight, std=0.3, generator=torch.Generator().manual_seed(0))
+    rollout = drawn(policy, tokenizer, ["a", "aaa"], G=32, temperature=3.0)
+    assert rollout.prompt_mask.sum(1).tolist() == [1] * 32 + [3] * 32
+    assert len(set(rollout.mask.sum(1).tolist())) > 2 and rollout.finished.any()
+    for row, text in enumerate(rollout.texts):
+        n = int(rollout.mask[row].sum())
+        assert text.replace(" ", "") == "a" * (n - int(rollout.finished[row])), "mask and text disagree about the answer's end"
+        ids = torch.cat([rollout.tokens[row, :3][rollout.prompt_mask[row]], rollout.response[row, :n]])
+        with torch.no_grad():
+            right = (policy(ids[None])[0] @ policy.head.T / 3).log_softmax(-1)[-n - 1:-1].gather(1, ids[-n:, None])[:, 0]
+        assert torch.allclose(rollout.logp[row, :n], right, atol=1e-5), f"row {row}: the end token was read as padding"
+
+
+SYSTEM_AND_USER = "{% for m in messages %}[{{ m.role }}: {{ m.content }}]{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+USER_ONLY = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + SYSTEM_AND_USER
+
+
+def test_chat_wraps_the_prompt_as_the_tokenizer_wants_it():
+    assert chat(two_words(SYSTEM_AND_USER), "S", "U", "think") == "[system: S][user: U]>"
+    assert chat(two_words(USER_ONLY), "S", "U", "think") == "[user: S\n\nU]>", "what the system would say, the user says"
+    assert chat(two_words(), "S", "U", "think") == "U", "without a template the text stays as it is"
+    assert chat(two_words(SYSTEM_AND_USER), "S", "U", "bare") == "U", "bare means bare"
+
+
+def test_a_prompt_begins_once():
+    """Templates write the beginning-of-sequence token themselves; plain text gets it from the tokenizer."""
+    for template, text in ((None, "aa"), ("<bos>{{ messages[-1].content }}", "aa")):
+        tokenizer = two_words(template, begin=True)
+        ids, mask = encode(tokenizer, [chat(tokenizer, "", text, "ask"), chat(tokenizer, "", "a", "ask")], "cpu")
+        assert ids[0].tolist() == [2, 1, 1] and ids[1, mask[1]].tolist() == [2, 1], f"with template {template}: {ids.tolist()}"

@@ -1,4 +1,4 @@
-"""token_logprobs beside what others use: time against the best of them and against the bare matrix products, errors, memory.
+"""token_logprobs beside what others use: time, against them and against the bare matrix products; errors; memory.
 
     python tests/bench/bench_logprobs.py            # some minutes on two CPU cores; --quick: about one
     pip install trl liger-kernel                    # the peers; one that is missing is skipped and named
@@ -6,9 +6,9 @@
 
 One process; all methods get the same hidden states, weight, targets and upstream gradient (one number a group of rows,
 because Liger's loss cannot take others), and run in shuffled order, one round after the other. Logits have a standard
-deviation of 4. Errors are the largest ones against float64, relative to the largest true value. "logp" rows: logp, d hidden,
-d weight, where ours gives the entropy as well. The floor is the three products alone (6NDV), written into arrays that exist.
-Peak memory is that of a child process per method, over what it had before the call.
+deviation of 4. Errors are the largest ones against float64, relative to the largest true value. All give logp, d hidden and
+d weight; ours gives the entropy as well. The floor is the three products alone (6NDV), written into arrays that exist. Peak
+memory is that of a child process per method, over what it had before the call.
 """
 import argparse
 import importlib.metadata
@@ -69,8 +69,8 @@ def liger_loss(hidden, weight, targets, advantages):
     """Liger's GRPO loss, whose gradient in the log-probabilities is -advantage / N."""
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
     loss = LigerFusedLinearGRPOLoss(beta=0.0, loss_type="dapo", temperature=TEMPERATURE, compiled=False, use_ref_model=False)
-    B = len(advantages)
-    return loss(hidden.view(B, -1, hidden.shape[1]), weight, targets.view(B, -1), torch.ones(B, len(targets) // B), advantages)[0]
+    hidden, targets = hidden.view(len(advantages), -1, hidden.shape[1]), targets.view(len(advantages), -1)
+    return loss(hidden, weight, targets, torch.ones(targets.shape), advantages)[0]
 
 
 def inputs(N, D, V):
@@ -169,7 +169,8 @@ def bench(N, D, V, rounds, quick):
             continue
         if exact:
             results = [logp, hidden.grad, weight.grad]
-            errors[name] = [None if r is None else ((r - e).abs().max() / e.abs().max()).item() for r, e in zip(results, exact)]
+            errors[name] = [None if result is None else ((result - true).abs().max() / true.abs().max()).item()
+                            for result, true in zip(results, exact)]
         runs[name] = run
     with torch.no_grad():
         runs |= {"no grad: floor 2NDV": lambda: floor_forward(hidden, weight, logits), "no grad: naive":
@@ -178,7 +179,8 @@ def bench(N, D, V, rounds, quick):
     times = {name: quartiles(ts) for name, ts in interleave(runs, rounds).items()}
     memory = {name: peak(name, (N, D, V)) for name in runs if "floor" not in name and "no grad" not in name}
     report(N, D, V, times, errors, memory, skipped)
-    return {"N": N, "D": D, "V": V, "seconds_quartiles": times, "errors_logp_dh_dw": errors, "peak_mb": memory, "skipped": skipped}
+    return {"N": N, "D": D, "V": V, "seconds_quartiles": times, "errors_logp_dh_dw": errors, "peak_mb": memory,
+            "skipped": skipped}
 
 
 @torch.no_grad()
@@ -192,8 +194,9 @@ def report(N, D, V, times, errors, memory, skipped):
     for name, (low, middle, high) in times.items():
         part = "no grad: " if name.startswith("no grad") else ""
         base = times[part + ("floor 2NDV" if part else "floor 6NDV")][1], times[part + "naive"][1]
-        print(f"{name:22}{f'{middle * 1e3:.1f} ({low * 1e3:.1f}-{high * 1e3:.1f})':>28}{middle / base[0]:>9.2f}{middle / base[1]:>9.2f}"
-              f"{str(memory.get(name) or ''):>9}   " + " ".join("-" if e is None else f"{e:.0e}" for e in errors.get(name, [])))
+        wrong = " ".join("-" if error is None else f"{error:.0e}" for error in errors.get(name, []))
+        print(f"{name:22}{f'{middle * 1e3:.1f} ({low * 1e3:.1f}-{high * 1e3:.1f})':>28}{middle / base[0]:>9.2f}"
+              f"{middle / base[1]:>9.2f}{str(memory.get(name, '')):>9}   {wrong}")
     for name, why in skipped.items():
         print(f"{name:22}skipped ({why})")
 

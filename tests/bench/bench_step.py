@@ -1,4 +1,4 @@
-"""One whole step of RL (sampling, scoring, backward, update) beside trl.GRPOTrainer: same model, prompts, G, lengths, loss.
+"""One whole step of RL (sampling, scoring, backward, update) beside trl.GRPOTrainer: same model, prompts, G and loss.
 
     python tests/bench/bench_step.py                # minutes on two CPU cores; --quick: about one
     pip install trl                                 # the peer; without it only our own step is timed
@@ -8,11 +8,9 @@ nothing. TRL runs with gradient_checkpointing=False, top_k=0 and logging of noth
 process. Both stop at the same token, so lengths are distributed alike; they are printed.
 """
 import argparse
-import functools
 import json
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
@@ -32,14 +30,13 @@ def our_step(prompts, G, new):
     """A function that makes one step and returns (seconds of sampling, seconds of all, mean length)."""
     policy, tokenizer = policy_module.tiny()
     optimizer, generator = train.make_optimizer(policy, 1e-5), torch.Generator().manual_seed(0)
-    loss = functools.partial(losses.grpo)
 
     def step():
         start = clock()
         rollout = sample(policy, tokenizer, [PROMPT] * prompts, G, new, 1.0, generator)
         sampled = clock() - start
         rewards = torch.tensor([float(len(text) % 2) for text in rollout.texts])
-        train.train_step(policy, optimizer, rollout, rewards, loss, G)
+        train.train_step(policy, optimizer, rollout, rewards, losses.grpo, G)
         return sampled, clock() - start, rollout.mask.sum(1).float().mean().item()
     return step
 
@@ -91,10 +88,12 @@ def bench(prompts, G, new, rounds):
     times = {"ours, sampling": quartiles(sampling), "ours, whole step": quartiles(whole)}
     if theirs:
         times["TRL, whole step"] = quartiles(theirs[1:])
-    print(f"\n{prompts} prompts x {G} answers, at most {new} tokens; mean length ours {sum(our_lengths) / len(our_lengths):.1f} tokens"
-          + (f", TRL's {sum(lengths) / len(lengths):.1f} characters" if lengths else ""))
+    mean = lambda xs: sum(xs) / len(xs) if xs else 0
+    print(f"\n{prompts} prompts x {G} answers, at most {new} tokens; "
+          f"mean length ours {mean(our_lengths):.1f} tokens, TRL's {mean(lengths):.1f} characters")
     for name, (low, middle, high) in times.items():
-        print(f"{name:20}{f'{middle * 1e3:.0f} ms ({low * 1e3:.0f}-{high * 1e3:.0f})':>26}{middle / times['ours, whole step'][1]:>8.2f}")
+        share = middle / times["ours, whole step"][1]
+        print(f"{name:20}{f'{middle * 1e3:.0f} ms ({low * 1e3:.0f}-{high * 1e3:.0f})':>26}{share:>8.2f}")
     return {"prompts": prompts, "G": G, "new": new, "seconds_quartiles": times}
 
 
