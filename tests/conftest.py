@@ -1,5 +1,7 @@
 """The files under test lie one folder up; they are imported as a reader runs them, without installation."""
+import os
 import sys
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")          # tensors here are too small to share between threads
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
