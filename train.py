@@ -25,6 +25,7 @@ import math
 import os
 import random
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -45,7 +46,8 @@ from sample import Rollout, chat, encode, sample
 BUCKETS = 4                   # groups of like answer length in one forward pass
 BAD_STEPS = 3                 # this many steps in a row with a NaN or infinite gradient end the run
 # What may be another when a run goes on: its length, what cures a NaN or a lack of memory, and what is shown or saved.
-FREE = ("steps", "lr", "micro_batch", "rows", "save_every", "show_every", "eval_problems", "eval_samples", "out")
+FREE = ("steps", "lr", "micro_batch", "rows", "save_every", "show_every", "eval_problems", "eval_samples", "out",
+        "resume")
 
 
 # ------------------------------------------------------------------------------------------------------------- one step
@@ -269,12 +271,14 @@ def save_checkpoint(folder, policy, optimizer, step, rng, generator):
     facts = {"step": str(step), "rng": json.dumps(rng.getstate())}
     facts["digest"] = digest(tensors, facts)
     file = Path(folder) / f"{step:07d}.safetensors"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_name("next.tmp")                 # always this name: what a killed run leaves is written over
-    save_file({name: x.contiguous() for name, x in tensors.items()}, aside, metadata=facts)
-    with open(aside, "rb") as written:
+    aside = file.with_name("next.tmp")                 # a folder: whatever a killed save leaves in it goes with the next one
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    save_file({name: x.contiguous() for name, x in tensors.items()}, aside / file.name, metadata=facts)
+    with open(aside / file.name, "rb") as written:
         os.fsync(written.fileno())
-    os.replace(aside, file)
+    os.replace(aside / file.name, file)
+    aside.rmdir()
     files = sorted(file.parent.glob("*.safetensors"))
     at = files.index(file)                             # later ones are damaged: this run went on from before them
     for other in files[:max(0, at - 1)] + files[at + 1:]:
@@ -285,16 +289,18 @@ def load_checkpoint(folder, policy, optimizer, rng, generator):
     """Restore the newest whole checkpoint in place -> its step, 0 if the run was stopped before the first. A damaged one is
     named, and the one before it is used."""
     from safetensors import SafetensorError, safe_open
-    files = sorted(Path(folder).glob("*.safetensors"), reverse=True)
-    for file in files:
+    damaged = []
+    for file in sorted(Path(folder).glob("*.safetensors"), reverse=True):
         try:
             with safe_open(file, framework="pt") as opened:
                 facts, tensors = opened.metadata(), {name: opened.get_tensor(name) for name in opened.keys()}
             if facts.pop("digest") != digest(tensors, facts):
                 raise ValueError("its checksum is wrong")
         except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
-            print(f"{file} is damaged ({error}); trying the one before it.", file=sys.stderr)
+            damaged.append(f"{file.name} is damaged ({error})")
             continue
+        if damaged:
+            print(f"{', '.join(damaged)}; going on from {file.name}.", file=sys.stderr)
         if len(tensors["generator"]) != world():
             raise ValueError(f"the run has {len(tensors['generator'])} processes: it cannot go on with {world()}.")
         if any(tensors[f"weight.{name}"].shape != w.shape for name, w in policy.named_parameters()):
@@ -308,8 +314,8 @@ def load_checkpoint(folder, policy, optimizer, rng, generator):
         rng.setstate((version, tuple(internal), gauss))
         generator.set_state(tensors["generator"][rank()].clone())
         return int(facts["step"])
-    if files:
-        raise ValueError(f"'{folder}' holds no usable checkpoint; start the run anew under another --name.")
+    if damaged:
+        raise ValueError(f"'{folder}' holds no usable checkpoint: {', '.join(damaged)}. Start anew under another --name.")
     return 0
 
 
@@ -429,6 +435,7 @@ def start_policy(args, device, dtype):
             raise ValueError(f"'{base}' is not there yet: make it once in a single process, without torchrun.")
         policy, tokenizer = policy_module.tiny(seed=args.seed)
         task = make_task(args, tokenizer)
+        task.problem(random.Random(0))                 # an impossible task is told before anything is written
         base.mkdir(parents=True, exist_ok=True)
         lock = lock_file(base / "lock")                # held until this function returns: one process makes the base
         warm_start(policy.to(device), tokenizer, task, args.warm_steps, seed=args.seed, say=tqdm.write)
@@ -453,23 +460,19 @@ def open_run(args):
     folder = Path(args.out) / args.name
     if rank() > 0:                                     # the first process speaks for all
         return folder, None
-    flags = {key: value for key, value in vars(args).items() if key != "resume"}
     if (folder / "flags.json").is_file():
         if not args.resume:
             raise ValueError(f"'{folder}' holds a run already: go on with --resume, or choose another --name.")
         before = read_flags(folder / "flags.json")
-        for key in flags | before:
-            if flags.get(key) != before.get(key) and key not in FREE:
-                raise ValueError(f"--resume goes on with the run's own flags, but {key} was {before.get(key)} and is "
-                                 f"{flags.get(key)} now.")
+        for key, now in (before | vars(args)).items():
+            if before.get(key) != now and key not in FREE:
+                raise ValueError(f"--resume goes on with the run's own flags, but {key} was {before.get(key)} and is {now} now.")
     elif args.resume:
         raise ValueError(f"there is no run to resume in '{folder}': without --resume it is started.")
     elif folder.exists() and {file.name for file in folder.iterdir()} - {"lock", "flags.json.tmp"}:
         raise ValueError(f"'{folder}' is not empty and holds no run: choose another --name.")
     folder.mkdir(parents=True, exist_ok=True)
-    lock = lock_file(folder / "lock")
-    write_json(folder / "flags.json", flags)
-    return folder, lock
+    return folder, lock_file(folder / "lock")
 
 
 def lock_file(path):
@@ -534,6 +537,8 @@ def run(argv=None):
     rng = random.Random(args.seed)
     generator = torch.Generator(policy.device).manual_seed(args.seed + 7919 * rank())
     done = load_checkpoint(folder / "checkpoints", policy, optimizer, rng, generator) if args.resume else 0
+    if rank() == 0:
+        write_json(folder / "flags.json", vars(args))
     if done >= args.steps and rank() == 0:
         print(f"all {done} steps are done already" + (", only the table is made." if args.eval_problems else "."), flush=True)
 
@@ -585,7 +590,7 @@ def run(argv=None):
         if leave:
             print(f"stopped after step {step}, all saved; go on with: {again}", flush=True)
             return 128 + max(stop, default=signal.SIGTERM)
-    on_signal(f"stopped after the last step, all saved; the table is made by: {again}")
+    on_signal(f"stopped after the last step, all saved; make the table with: {again}")
     save_model(policy, tokenizer, folder / "model")
     if args.eval_problems and rank() == 0:
         compare(start, folder, tokenizer, judge, exam, args, device, dtype)

@@ -106,7 +106,8 @@ def test_command_line(tmp_path, capsys):
     assert "Pass@4" in capsys.readouterr().out
     assert len(json.loads(out.read_text())["records"]["model"]) == 3
     for bad, says in ((["nowhere/at/all"], "neither a folder here"), ([str(tmp_path / "model"), "--n", "0"], "--n"),
-                      ([str(tmp_path)], "config.json"), ([str(tmp_path / "model"), "--task", "math"], "--data")):
+                      ([str(tmp_path)], "config.json"), ([str(tmp_path / "model"), "--task", "math"], "--data"),
+                      ([str(tmp_path / "model"), "--task", "math", "--data", "no.jsonl"], "no.jsonl")):
         assert evaluation.main([*bad, *(flags if "--n" not in bad else flags[2:])]) == 2
         error = capsys.readouterr().err
         assert says in error and error.count("\n") == 1, error

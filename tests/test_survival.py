@@ -41,12 +41,12 @@ def weights(folder):
 
 
 def checkpoints(folder):
-    return [file.name for file in sorted((folder / "checkpoints").glob("*"))]
+    return [file.name for file in sorted((folder / "checkpoints").glob("*.safetensors"))]
 
 
 # -------------------------------------------------------------------------------------------------------------- kill -9
 
-RUN = [*TOY.split(), "--loss", "diffsmooth", "--warm-steps", "20", "--save-every", "2", "--name", "run"]
+RUN = [*TOY.split(), "--loss", "diffsmooth", "--warm-steps", "2", "--save-every", "2", "--name", "run"]
 
 
 def launch(out, steps):
@@ -65,7 +65,7 @@ MOMENTS = {                                            # name -> has it come? (o
     "during the warm start": lambda out, before: (out / "base" / "lock").is_file(),
     "while the base is saved": lambda out, before: (out / "base" / "model.tmp").is_dir(),
     "before the first checkpoint": lambda out, before: (out / "run" / "flags.json").is_file(),
-    "while a checkpoint is written": lambda out, before: (out / "run" / "checkpoints" / "next.tmp").is_file(),
+    "while a checkpoint is written": lambda out, before: (out / "run" / "checkpoints" / "next.tmp").is_dir(),
     "any time": lambda out, before: steps_logged(out) != before,
 }
 
@@ -102,7 +102,8 @@ def kill_and_resume(out, moments, steps, rng, say=lambda *line: None):
     assert untimed(one, "run") == untimed(two, "run"), "the log differs from the unbroken run's"
     assert len(untimed(two, "run")) == steps
     assert weights(one / "run") == weights(two / "run"), "the weights differ from the unbroken run's"
-    assert checkpoints(two / "run") == checkpoints(one / "run"), "not the last two checkpoints, or something left over"
+    left = [sorted(file.name for file in (out / "run" / "checkpoints").iterdir()) for out in (one, two)]
+    assert left == [[f"{steps - 2:07d}.safetensors", f"{steps:07d}.safetensors"]] * 2, "not the last two, or something left over"
 
 
 def test_killed_runs_go_on_bit_for_bit(tmp_path):
@@ -237,12 +238,12 @@ def test_a_flipped_bit_or_a_cut_file_never_passes(tmp_path, capsys):
     older, newest = sorted(tmp_path.glob("*.safetensors"))
     assert [older.name, newest.name] == ["0000002.safetensors", "0000003.safetensors"], "the last two are kept"
     after = {}
-    for step in (2, 3):                                # what the two hold; they disagree
-        after[train.load_checkpoint(tmp_path, *state)] = everything(*state)
-        newest.rename(tmp_path / "aside") if step == 2 else None
-    (tmp_path / "aside").rename(newest)
-    assert set(after) == {2, 3} and after[2] != after[3]
     whole = newest.read_bytes()
+    for content in (whole, b""):                       # what the two hold; they disagree
+        newest.write_bytes(content)
+        step = train.load_checkpoint(tmp_path, *state)
+        after[step] = everything(*state)
+    assert set(after) == {2, 3} and after[2] != after[3]
     head = 8 + int.from_bytes(whole[:8], "little")
     places = [*draw.sample(range(head), 150), *draw.sample(range(head, len(whole)), 50)]
     for damaged in [bytes([*whole[:at], whole[at] ^ 1 << draw.randrange(8), *whole[at + 1:]]) for at in places] + \
@@ -268,12 +269,12 @@ def test_a_run_that_went_on_from_before_a_damaged_checkpoint_keeps_two_whole_one
 
 # ---------------------------------------------------------------------------------------------- numbers that are none
 
-def poisoned(bad_calls, poison):
-    """losses.grpo whose value in some of its calls (the first is 1) is spoilt through the log-probability of row 2."""
+def poisoned(bad_calls, poison, grpo=losses.grpo):
+    """grpo whose value in some of its calls (the first is 1) is spoilt through the log-probability of row 2."""
     calls = []
-    @functools.wraps(losses.grpo)                      # the flags are read from the signature
+    @functools.wraps(grpo)                             # the flags are read from the signature
     def loss(logp, *args, **kwargs):
-        value, stats = losses.grpo(logp, *args, **kwargs)
+        value, stats = grpo(logp, *args, **kwargs)
         calls.append(None)
         return (value + (poison * logp[2]).sum() if logp.requires_grad and len(calls) - 1 in bad_calls else value), stats
     return loss                                        # call 0 is the trial call that checks the options
@@ -353,23 +354,25 @@ def full_disk(*args):
 
 
 def test_a_full_disk_costs_nothing_that_was_saved(base, monkeypatch, capsys):
-    """/dev/full gives the real error on the log and on a checkpoint; flushing and saving the model are made to fail."""
+    """/dev/full refuses the log for real, a limit on the size of files the checkpoint; then each flush to disk fails."""
     flags = ("--loss", "grpo", "--save-every", 2, "--name", "full")
     assert go(base, *flags, "--steps", 4) == 0
     good = checkpoints(base / "full"), [file.read_bytes() for file in sorted((base / "full" / "checkpoints").iterdir())]
-    def fails(steps):
+    def fails(steps, says):
         capsys.readouterr()
         assert go(base, *flags, "--steps", steps, "--resume") == 2
         error = capsys.readouterr().err
-        assert error.startswith("error: the disk is full") and error.count("\n") == 1, error
+        assert error.startswith("error: ") and says in error and error.count("\n") == 1, error
         assert good[1] == [(base / "full" / "checkpoints" / name).read_bytes() for name in good[0]], "a checkpoint changed"
     if Path("/dev/full").exists():
-        (base / "full" / "checkpoints" / "next.tmp").symlink_to("/dev/full")
-        fails(8)
-        (base / "full" / "checkpoints" / "next.tmp").unlink()
         with monkeypatch.context() as patch:
             patch.setattr(train, "open_log", lambda path, done: open("/dev/full", "a", newline=""))
-            fails(8)
+            fails(8, "the disk is full")
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))             # bytes a file may have: not a checkpoint's
+    fails(8, "File too large")
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
     for place in ("save_checkpoint", "write_line", "save_model"):
         with monkeypatch.context() as patch:
             inner = getattr(train, place)
@@ -377,7 +380,7 @@ def test_a_full_disk_costs_nothing_that_was_saved(base, monkeypatch, capsys):
                 patch.setattr(os, "fsync", full_disk)
                 return inner(*args)
             patch.setattr(train, place, on_a_full_disk)
-            fails(4 if place == "save_model" else 8)
+            fails(4 if place == "save_model" else 8, "the disk is full")
     assert go(base, *flags, "--steps", 8, "--resume") == 0, "with room again the run goes on"
     assert len(rows(base, "full")) == 8
 
@@ -438,7 +441,7 @@ BAD = {                                                # command line -> what th
     "train --loss grpo --targets 900 901 --base new": "widen targets",
     "train --loss grpo --updates 3": "--updates 3 does not divide",
     "train --loss grpo --eval-problems 99999": "held-out problems found",
-    "train --loss passk --k 99": "k must",
+    "train --loss passk --k 99": "k = 99 must be between 1 and the group size 8",
     "train --loss passk --k 2.5": "--k",
     "train --loss grpo --agg median": "unknown agg",
     "train --loss diffsmooth --reduction max": "unknown reduction",
@@ -630,13 +633,13 @@ class Odd:
 
 def run_odd(base, monkeypatch, name, task, stop_ids=None, *flags):
     """A run of this task -> its log as floats, and whether the weights moved. stop_ids: (vocabulary) -> what ends answers."""
-    load = policy_module.load
+    load, make_task = policy_module.load, train.make_task
     def loaded(*args):
         policy, tokenizer = load(*args)
         policy.stop_ids = policy.stop_ids if stop_ids is None else stop_ids(policy.config.vocab_size)
         return policy, tokenizer
     monkeypatch.setattr(policy_module, "load", loaded)
-    monkeypatch.setattr(train, "make_task", lambda args, tokenizer, held_out=0.1: task)
+    monkeypatch.setattr(train, "make_task", lambda *args, **kwargs: make_task(*args, **kwargs) and task)    # fills in flags
     assert go(base, "--steps", 6, "--name", name, *flags) == 0
     log = [{key: float(value) for key, value in row.items()} for row in rows(base, name)]
     assert all(value == value and abs(value) < 1e9 for row in log for value in row.values()), f"a NaN in the log: {log}"
@@ -746,7 +749,7 @@ def main(kills):
     later = [rng.choice(["while a checkpoint is written", "any time"]) for _ in range(kills - len(early))]
     print(f"{'kill':>4}  {'moment':30}  {'steps':>5}  {'checkpoints':24}  half-written")
     def say(number, moment, steps, saved, half):
-        kept = ", ".join(name[:7].lstrip("0") for name in saved if not name.endswith(".tmp"))
+        kept = ", ".join(name[:7].lstrip("0") for name in saved)
         print(f"{number:4d}  {moment:30}  {steps:5d}  {kept:24}  {', '.join(half)}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         kill_and_resume(Path(folder), [*early, *later], steps=16 * kills, rng=rng, say=say)

@@ -284,7 +284,7 @@ BAD = {                                                # flags -> what the one s
     "--loss grpo --prompt think": "need --model",
     "--loss grpo --model {base}/base/model --task math --prompt think": "does not go with",
     "--loss grpo --model {base}/base/model --task math": "--task math needs --data",
-    "--loss grpo --model {base}/base/model --task math --data no.jsonl": "no.jsonl",
+    "--loss grpo --model {base}/base/model --task math --data no.jsonl": "belong to --task countdown",
     "--loss grpo --device quantum": "--device quantum is not available",
     "--loss grpo --name taken": "holds a run already",
     "--loss grpo --name other --resume": "no run to resume",
