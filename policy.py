@@ -564,8 +564,8 @@ def load(name_or_path, device="cpu", dtype=torch.float32):
         raise ValueError(f"'{name_or_path}' has no tokenizer; transformers would make up an empty one.")
     tokenizer = read(f"the tokenizer in {folder}", lambda: AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
     if len(tokenizer) > config.vocab_size:
-        raise ValueError(f"'{name_or_path}' is mixed up: its tokenizer has {len(tokenizer)} tokens, more than the "
-                         f"{config.vocab_size} of its vocabulary.")
+        raise ValueError(f"'{name_or_path}' is mixed up: its tokenizer has {len(tokenizer)} tokens, but its config says that "
+                         f"the model knows {config.vocab_size}.")
     with torch.device("meta"):
         policy = Policy(config)
     policy.load_state_dict(read_weights(folder, policy.state_dict(), device), assign=True)

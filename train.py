@@ -526,6 +526,12 @@ def run(argv=None):
     exam = judge.held_out_problems(args.eval_problems)                          # told now if there are too few, not at the end
     if args.eval_problems and not exam:
         raise ValueError(f"'{args.eval_data or args.data}' holds no problem to evaluate on: --eval-problems 0 does without.")
+    if args.task == "math":                            # one prompt without room for an answer must not end a night's run
+        room, problems = policy.config.max_position_embeddings - args.max_new_tokens, task.problems[False]
+        ask = lambda problem: chat(tokenizer, task.system, task.prompt(problem), task.style)
+        task.problems[False] = [problem for problem in problems if len(tokenizer(ask(problem)).input_ids) <= room]
+        print(f"{len(problems) - len(task.problems[False])} of {len(problems)} problems are left out: prompts over {room} tokens.")
+    task.problem(random.Random(0))                     # none left is told now, too
     folder, lock = open_run(args)
 
     own = {name: getattr(args, name) for name in hyperparameters(args.loss)}
@@ -588,7 +594,7 @@ def run(argv=None):
         if step % args.save_every == 0 or step == args.steps or leave:          # a skipped step left good weights, too
             save_checkpoint(folder / "checkpoints", policy, optimizer, step, rng, generator)
         if leave:
-            print(f"stopped after step {step}, all saved; go on with: {again}", flush=True)
+            tqdm.write(f"stopped after step {step}, all saved; go on with: {again}")
             return 128 + max(stop, default=signal.SIGTERM)
     on_signal(f"stopped after the last step, all saved; make the table with: {again}")
     save_model(policy, tokenizer, folder / "model")

@@ -232,6 +232,7 @@ DAMAGE = {
     "config in bytes": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe\x00"), "config.json is missing or damaged"),
     "impossible config": (lambda f: broken_config(f, hidden_size="wide"), "config.json is missing or damaged"),
     "no tokenizer": (lambda f: [(f / n).unlink() for n in ("tokenizer.json", "tokenizer_config.json")], "tokenizer"),
+    "too many words": (lambda f: broken_config(f, vocab_size=9), "its tokenizer has 22 tokens, but its config says"),
     "corrupt tokenizer": (lambda f: (f / "tokenizer.json").write_text("{}"), "the tokenizer in"),
     "corrupt generation config": (lambda f: (f / "generation_config.json").write_text("{"), "generation_config.json is missing or"),
     "corrupt index": (lambda f: (f / "model.safetensors.index.json").write_text("{}"), "index.json is missing or damaged"),

@@ -10,7 +10,6 @@ flag told after hours or after files were written, runs measured on another run'
 gives NaN, network traffic without a hub name, anything unpickled or executed.
 """
 import ast
-import csv
 import errno
 import functools
 import json
@@ -46,7 +45,7 @@ def checkpoints(folder):
 
 # -------------------------------------------------------------------------------------------------------------- kill -9
 
-RUN = [*TOY.split(), "--loss", "diffsmooth", "--warm-steps", "2", "--save-every", "2", "--name", "run"]
+RUN = [*TOY.split(), "--loss", "diffsmooth", "--warm-steps", "5", "--save-every", "2", "--name", "run"]
 
 
 def launch(out, steps):
@@ -62,7 +61,7 @@ def steps_logged(out):
 
 
 MOMENTS = {                                            # name -> has it come? (out, steps logged when the process started)
-    "during the warm start": lambda out, before: (out / "base" / "lock").is_file(),
+    "during the warm start": lambda out, before: (out / "base").is_dir(),
     "while the base is saved": lambda out, before: (out / "base" / "model.tmp").is_dir(),
     "before the first checkpoint": lambda out, before: (out / "run" / "flags.json").is_file(),
     "while a checkpoint is written": lambda out, before: (out / "run" / "checkpoints" / "next.tmp").is_dir(),
@@ -72,7 +71,7 @@ MOMENTS = {                                            # name -> has it come? (o
 
 def kill_at(moment, out, steps, rng):
     """Launch, wait for the moment and a random while more, kill -9 -> what was found on disk; None if it finished before."""
-    before, delay = steps_logged(out), rng.uniform(0, 0.5 if moment in ("any time", "during the warm start") else 0.01)
+    before, delay = steps_logged(out), rng.uniform(0, 2.0 if moment in ("any time", "during the warm start") else 0.01)
     process = launch(out, steps)
     while not MOMENTS[moment](out, before):
         if process.poll() is not None:
@@ -243,7 +242,7 @@ def test_a_flipped_bit_or_a_cut_file_never_passes(tmp_path, capsys):
         newest.write_bytes(content)
         step = train.load_checkpoint(tmp_path, *state)
         after[step] = everything(*state)
-    assert set(after) == {2, 3} and after[2] != after[3]
+    assert set(after) == {2, 3} and all(a != b for a, b in zip(after[2], after[3])), "some part is not restored"
     head = 8 + int.from_bytes(whole[:8], "little")
     places = [*draw.sample(range(head), 150), *draw.sample(range(head, len(whole)), 50)]
     for damaged in [bytes([*whole[:at], whole[at] ^ 1 << draw.randrange(8), *whole[at + 1:]]) for at in places] + \
@@ -282,22 +281,18 @@ def poisoned(bad_calls, poison, grpo=losses.grpo):
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
 def test_a_bad_step_is_named_and_skipped(base, poison, monkeypatch, capsys):
-    """Step 2 of 3 is bad. Its weights are those after step 1: the run without its update and with the same draws."""
+    """Step 2 of 3 is bad."""
     name = f"poison{poison}"
     monkeypatch.setattr(losses, "grpo", poisoned({2}, poison))
-    shown = []
-    monkeypatch.setattr(train, "complain", lambda step, stats, rollout, rows: shown.append(
-        (stats["bad_rows"], rollout.texts[2])) or original(step, stats, rollout, rows))
+    texts, complain = [], train.complain
+    monkeypatch.setattr(train, "complain", lambda *args: texts.extend(args[2].texts) or complain(*args))
     assert go(base, "--loss", "grpo", "--steps", 3, "--save-every", 1, "--name", name) == 0
     text = capsys.readouterr().out
-    assert shown[0][0] == [2] and f"step 2 is skipped" in text and f"row 2 {shown[0][1]!r}" in text, text
-    assert [json.loads(row["grad_norm"].replace("nan", "NaN").replace("inf", "Infinity")) < 1e9
-            for row in rows(base, name)] == [True, False, True]
+    assert "step 2 is skipped" in text and text.count(" is skipped") == 1
+    assert f"caused by row 2 {texts[2]!r}\n" in text, text
+    assert [float(row["grad_norm"]) < 1e9 for row in rows(base, name)] == [True, False, True], "the log says so as well"
     policy, _ = policy_module.load(base / name / "model")
     assert all(w.isfinite().all() for w in policy.parameters())
-
-
-original = train.complain
 
 
 def test_a_bad_step_leaves_weights_and_optimiser_alone():
@@ -657,6 +652,15 @@ def test_prompts_of_one_token_and_of_four_hundred(base, monkeypatch):
     assert moved and all(row["grad_norm"] > 0 for row in log)
 
 
+def test_a_prompt_that_leaves_no_room_for_an_answer_is_left_out(base, tmp_path, capsys):
+    lines = [json.dumps({"problem": "1" * (600 if i % 4 == 0 else i), "answer": "2"}) for i in range(1, 41)]
+    (tmp_path / "problems.jsonl").write_text("\n".join(lines))
+    flags = ["--loss", "grpo", "--task", "math", "--data", str(tmp_path / "problems.jsonl"), "--model", str(base / "base" / "model"),
+             "--max-new-tokens", "8", "--prompts", "4", "--group-size", "2", "--steps", "4", "--eval-problems", "0"]
+    assert train.main([*flags, "--out", str(tmp_path), "--device", "cpu"]) == 0, capsys.readouterr().err
+    assert "problems are left out: prompts over 504 tokens" in capsys.readouterr().out and len(rows(tmp_path, "grpo")) == 4
+
+
 def test_answers_that_never_stop(base, monkeypatch):
     log, _ = run_odd(base, monkeypatch, "endless", Odd(["1 2,3="], EVEN), lambda V: [], "--loss", "grpo")
     assert all(row["cut"] == 1 and row["length"] == 8 for row in log), "the log must say that no answer ends"
@@ -718,9 +722,6 @@ def test_no_network_without_a_hub_name(tmp_path, monkeypatch, capsys):
     assert train.main([*flags, "--model", "owner/model", "--name", "hub"]) == 2, "a hub name does"
 
 
-FORBIDDEN = {"eval", "exec", "compile", "__import__", "system", "popen", "run", "Popen", "check_output", "load_module", "loads"}
-
-
 @pytest.mark.parametrize("file", sorted(path.name for path in ROOT.glob("*.py")))
 def test_nothing_is_unpickled_or_executed(file):
     """Read off the syntax tree: what is imported, what is called."""
@@ -736,7 +737,7 @@ def test_nothing_is_unpickled_or_executed(file):
             assert called not in ("eval", "exec", "compile", "__import__", "os.system", "os.popen"), where
             if called == "torch.load":
                 assert any(k.arg == "weights_only" and k.value.value is True for k in node.keywords), where
-            if called.endswith("Auto") or ".from_pretrained" in called and called.startswith("Auto"):
+            if called.startswith("Auto") and called.endswith(".from_pretrained"):
                 assert any(k.arg == "trust_remote_code" for k in node.keywords), where
 
 
@@ -752,7 +753,7 @@ def main(kills):
         kept = ", ".join(name[:7].lstrip("0") for name in saved)
         print(f"{number:4d}  {moment:30}  {steps:5d}  {kept:24}  {', '.join(half)}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        kill_and_resume(Path(folder), [*early, *later], steps=16 * kills, rng=rng, say=say)
+        kill_and_resume(Path(folder), [*early, *later], steps=12 * kills, rng=rng, say=say)
     print(f"{kills} kills; log and weights are those of the unbroken run, bit for bit")
 
 

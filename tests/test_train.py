@@ -159,8 +159,9 @@ def test_two_processes_make_the_update_of_one(tmp_path):
     for processes, micro in ((1, 16), (2, 3)):
         out, script = tmp_path / f"{processes}.pt", tmp_path / f"{processes}.py"
         script.write_text(TWO_PROCESSES.format(root=str(ROOT), tests=str(ROOT / "tests"), micro=micro, out=str(out)))
-        subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
-                        str(script)], check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        ran = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
+                              str(script)], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert ran.returncode == 0, ran.stderr
         results.append(torch.load(out, weights_only=True))
     (one, loss_1, norm_1), (two, loss_2, norm_2) = results
     assert abs(loss_1 - loss_2) < 1e-6 and abs(norm_1 - norm_2) < 1e-5 * norm_1, (loss_1, loss_2, norm_1, norm_2)
@@ -266,49 +267,6 @@ def test_dynamic_sampling_keeps_mixed_groups_and_is_bounded():
 def test_a_kl_weight_loads_the_frozen_reference(base):
     assert go(base, "--loss", "grpo", "--beta", 0.1, "--steps", 2, "--name", "kl") == 0
     assert [float(row["kl"]) for row in rows(base, "kl")][0] < 1e-6 < [float(row["kl"]) for row in rows(base, "kl")][1]
-
-
-BAD = {                                                # flags -> what the one sentence must say
-    "--loss nonsense": "unknown loss 'nonsense'; these exist:",
-    "--loss grpo --gamma_p 0.1": "'--gamma_p' is not a flag, nor an option of loss grpo, which has:",
-    "--loss grpo --stps 3": "'--stps'",
-    "--loss grpo --steps three": "--steps",
-    "--loss grpo --steps 0": "--steps must be at least 1",
-    "--loss grpo --group-size 1": "--group-size must be at least 2",
-    "--loss grpo --temperature 0": "--temperature must be above 0",
-    "--loss grpo --lr -1": "--lr",
-    "--loss grpo --updates 3": "--updates 3 does not divide",
-    "--loss grpo --counts 3": "was warm-started with counts [2], not [3]",
-    "--loss grpo --model no/such/model": "'no/such/model' is neither a folder here nor",
-    "--loss grpo --task math": "need --model",
-    "--loss grpo --prompt think": "need --model",
-    "--loss grpo --model {base}/base/model --task math --prompt think": "does not go with",
-    "--loss grpo --model {base}/base/model --task math": "--task math needs --data",
-    "--loss grpo --model {base}/base/model --task math --data no.jsonl": "belong to --task countdown",
-    "--loss grpo --device quantum": "--device quantum is not available",
-    "--loss grpo --name taken": "holds a run already",
-    "--loss grpo --name other --resume": "no run to resume",
-    "--loss dapo --name taken --resume": "but loss was grpo",
-    "--loss grpo --name notes": "holds no run",
-    "--loss passk --k 99 --name k": "k",
-}
-
-
-@pytest.mark.parametrize("flags", BAD)
-def test_bad_input_is_one_sentence_and_changes_nothing(base, flags, capsys, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    if not (base / "taken").exists():
-        go(base, "--loss", "grpo", "--steps", 1, "--name", "taken")
-        (base / "notes").mkdir()
-        (base / "notes" / "diary.txt").write_text("mine")
-    kept = {file: file.read_bytes() for file in base.rglob("*") if file.is_file() and file.name != "lock"}
-    capsys.readouterr()
-    assert go(base, *flags.replace("{base}", str(base)).split()) == 2
-    message = capsys.readouterr().err
-    assert message.startswith("error: ") and BAD[flags] in message, message
-    assert message.count("\n") == 1 and "Traceback" not in message, f"not one sentence: {message}"
-    for file, content in kept.items():
-        assert file.read_bytes() == content, f"{file} was changed"
 
 
 def test_two_processes_cannot_share_a_run_folder(base, capsys):
