@@ -454,7 +454,7 @@ BAD = {                                                # command line -> what th
     "train --loss grpo --model {out}/notes/diary.txt": "neither a folder here nor",
     "train --loss grpo --model {out}/halved": "is damaged",
     "train --loss grpo --model {out}/unreadable": "unreadable",
-    "train --loss grpo --model {out}/mixed": "its tokenizer has 23 tokens, more than the 22 of its vocabulary",
+    "train --loss grpo --model {out}/mixed": "its tokenizer has 23 tokens, but its config says that the model knows 22",
     "train --loss grpo --base flagless": "flags.json is missing or damaged",
     "train --loss grpo --base scrambled": "flags.json is missing or damaged",
     "train --loss grpo --base taskless": "flags.json is missing or damaged (KeyError: 'high')",
