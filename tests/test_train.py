@@ -149,6 +149,7 @@ for loss in (t.SMOOTH, t.BONUS):
 weights = {{name: train.full(w.detach()) for name, w in policy.named_parameters()}}
 if train.rank() == 0:
     torch.save((weights, stats["loss"], stats["grad_norm"]), {out!r})
+torch.distributed.barrier()                                 # nobody hangs up while the other still listens
 torch.distributed.destroy_process_group()
 """
 
