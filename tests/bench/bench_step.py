@@ -5,7 +5,8 @@
 
 Both train the default policy in fp32 with AdamW, beta 0, one update a rollout, one micro-batch and a reward that costs
 nothing. TRL runs with gradient_checkpointing=False, top_k=0 and logging of nothing; its steps and ours take turns in one
-process. Both stop at the same token, so lengths are distributed alike; they are printed.
+process. Both stop at the same token, so lengths are distributed alike; they are printed. The floor is the matrix products
+alone, on arrays that exist: one a step for the rows still going while sampling, three (forward, two backward) for the update.
 """
 import argparse
 import json
@@ -39,6 +40,26 @@ def our_step(prompts, G, new):
         train.train_step(policy, optimizer, rollout, rewards, losses.grpo, G)
         return sampled, clock() - start, rollout.mask.sum(1).float().mean().item()
     return step
+
+
+def floor(prompts, G, new):
+    """Seconds of the bare matrix products of one such step; the few tokens of the prompts are left out."""
+    policy, tokenizer = policy_module.tiny()
+    mask = sample(policy, tokenizer, [PROMPT] * prompts, G, new, 1.0, torch.Generator().manual_seed(0)).mask
+    weights = [w.detach() for w in policy.parameters() if w.dim() == 2]         # a tied head stands for its product too
+
+    def forward(rows):
+        return [lambda x=torch.randn(rows, w.shape[1]), w=w: torch.mm(x, w.T) for w in weights]
+
+    def backward(rows):
+        pairs = [(torch.randn(rows, w.shape[1]), torch.randn(rows, w.shape[0]), w) for w in weights]
+        return [f for x, y, w in pairs for f in (lambda y=y, w=w: torch.mm(y, w), lambda x=x, y=y: torch.mm(y.T, x))]
+    tokens = int(mask.sum())
+    products = [f for rows in mask.sum(0).tolist()[:-1] for f in forward(rows)] + forward(tokens) + backward(tokens)
+    start = clock()
+    for product in products:
+        product()
+    return clock() - start
 
 
 def with_trl(prompts, G, new, rounds, ours, folder):
@@ -85,7 +106,8 @@ def bench(prompts, G, new, rounds):
         print(f"TRL skipped ({error})")
         theirs, lengths, results = [], [], [ours() for _ in range(rounds + 1)]
     sampling, whole, our_lengths = zip(*results[1:])
-    times = {"ours, sampling": quartiles(sampling), "ours, whole step": quartiles(whole)}
+    floors = [floor(prompts, G, new) for _ in range(rounds)]
+    times = {"floor": quartiles(floors), "ours, sampling": quartiles(sampling), "ours, whole step": quartiles(whole)}
     if theirs:
         times["TRL, whole step"] = quartiles(theirs[1:])
     mean = lambda xs: sum(xs) / len(xs) if xs else 0
