@@ -713,10 +713,12 @@ def main(argv=None):
     except Exception as error:
         print(f"error: {explain(error)}", file=sys.stderr)
         return 2
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if torch.distributed.is_initialized():             # its threads now and then abort a Python that shuts down, whereupon
+        sys.stdout.flush()                             # torchrun ends the other processes, at work or not: so no shutting down
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
