@@ -1,18 +1,18 @@
 """The paper's experiment on two CPU cores: does smoothing keep Pass@k, on which task, against which baseline?
 
-    python tests/bench/study.py                                 # everything: about nine hours on two cores
+    python tests/bench/study.py                                 # everything: about fifteen hours on two cores
     python tests/bench/study.py --tasks many --methods grpo diffsmooth --seeds 1 2 3
     python tests/bench/study.py --only-print                    # the tables of what is finished so far
 
 Two tasks: `many` (Countdown, 4 numbers to 9: several solutions a problem) and `one` (3 numbers to 20: mostly a single one).
-Every method gets the same effort: its three settings below are trained on seed 0, the one with the highest mean of Pass@1,
-2, 4 .. 64 on VALIDATION is kept, and runs on fresh seeds. Those are measured on other held-out problems, at temperature 1 and 0.7;
+Every method gets the same effort: its six settings below are trained on seed 0, the one with the highest mean of Pass@1,
+2, 4 .. 64 on the validation problems is kept, and runs on fresh seeds. Those are measured on other held-out problems, at temperature 1 and 0.7;
 a run is also measured on the way, every 100 steps, so that methods can be compared at equal Pass@1.
 
 Two runs go side by side, one thread each. A run that is finished is one file in OUT/results; a kill loses nothing: the same
 command goes on, within the run by train.py --resume. A row of the tables by hand:
 
-    python train.py --base base --counts 3 --high 20 --targets 1 60 --loss diffsmooth --gamma_p 0.5 --seed 1 --name mine
+    python train.py --counts 3 --high 20 --targets 1 60 --base one --loss diffsmooth --gamma_p 0.5 --lr 5e-5 --seed 1 --name mine
 """
 import argparse
 import contextlib
@@ -31,14 +31,13 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 TASKS = {"many": "--counts 4 --high 9 --targets 1 60", "one": "--counts 3 --high 20 --targets 1 60"}
-RATES = ["--lr 5e-5", "--lr 1e-4", "--lr 2e-4"]
-
-
 def grid(flag, *values):
-    return [f"{flag} {value}" for value in values]
+    """Three values at two learning rates: a low one keeps diversity by itself, and must not be what decides."""
+    return [f"{flag} {value} --lr {lr}" for lr in ("5e-5", "1e-4") for value in values]
 
 
-METHODS = {                                            # name -> (loss and fixed flags, the three settings tried)
+RATES = [f"--lr {lr}" for lr in ("2e-5", "3e-5", "5e-5", "7e-5", "1e-4", "2e-4")]
+METHODS = {                                            # name -> (loss and fixed flags, the six settings tried)
     "grpo": ("grpo", RATES),
     "diffsmooth+": ("diffsmooth --gamma_n 0", grid("--gamma_p", 0.2, 0.5, 1.0)),            # DS-GRPO-Positive, the default
     "reward form": ("diffsmooth_reward --gamma_n 0", grid("--gamma_p", 0.1, 0.2, 0.5)),
@@ -52,11 +51,13 @@ METHODS = {                                            # name -> (loss and fixed
     "cispo": ("cispo", RATES),
     "focal": ("focal", grid("--focal_gamma", 0.5, 1.0, 2.0)),
     "ucpo": ("ucpo", grid("--tau", 0.1, 0.2, 0.4)),
-    "w_reinforce": ("w_reinforce", ["--lr 2e-5", "--lr 5e-5", "--lr 5e-5 --w_pos 1.0"]),
+    "w_reinforce": ("w_reinforce", [f"--w_pos {w} --lr {lr}" for lr in ("2e-5", "5e-5") for w in (0.1, 0.3, 1.0)]),
     "maxrl": ("maxrl", RATES),
 }
+SETTINGS = 6
 STAGES = (100, 200, 300, 400, 500)                     # steps after which a run is measured
-TEST, VALIDATION = slice(0, 512), slice(512, 768)      # of the held-out problems
+# Of 768 held-out problems every third is for validation: the later ones in the list are rarer and harder.
+PROBLEMS, PARTS = 768, {"test": (0, 1), "validation": (2,)}
 SAMPLES, SAMPLES_ON_THE_WAY = 128, 64
 KS = [1, 2, 4, 8, 16, 32, 64, 128]
 
@@ -72,7 +73,7 @@ def counts(model, task, part, n, temperature):
     policy, tokenizer = policy_module.load(model)
     flags = train.parse(TASKS[task].split())
     judge = evaluation.make_task(flags, tokenizer)
-    problems = judge.held_out_problems(VALIDATION.stop)[part]
+    problems = [problem for i, problem in enumerate(judge.held_out_problems(PROBLEMS)) if i % 3 in PARTS[part]]
     records = evaluation.evaluate(policy, tokenizer, judge, problems, n, flags.max_new_tokens, temperature,
                                   torch.Generator().manual_seed(0))
     return {"n": n} | {key: [r[key] for r in records] for key in ("c", "distinct", "sigma")}
@@ -86,12 +87,12 @@ def start(out, task):
     train.start_policy(train.parse([*TASKS[task].split(), "--out", str(out / task)]), "cpu", torch.float32)
     if not result(out, task, "base").is_file():
         model = out / task / "base" / "model"
-        save(result(out, task, "base"), {"path": [[0, counts(model, task, VALIDATION, SAMPLES_ON_THE_WAY, 1.0)]],
-                                         "test": {str(t): counts(model, task, TEST, SAMPLES, t) for t in (1.0, 0.7)}})
+        save(result(out, task, "base"), {"path": [[0, counts(model, task, "validation", SAMPLES_ON_THE_WAY, 1.0)]],
+                                         "test": {str(t): counts(model, task, "test", SAMPLES, t) for t in (1.0, 0.7)}})
 
 
 def one(out, task, method, setting, seed):
-    """One run from wherever it is to its results file. Seed 0 is for tuning: it is never measured on TEST."""
+    """One run from wherever it is to its results file. Seed 0 is for tuning: it is never measured on the test problems."""
     import torch
     import train
     torch.set_num_threads(1)
@@ -108,9 +109,9 @@ def one(out, task, method, setting, seed):
             code = train.main([*flags, "--out", str(out / task), "--name", name, "--steps", str(step), *more])
             if code:
                 raise RuntimeError(f"{name} on {task} ended with exit code {code}: see {log.name}")
-            path.append([step, counts(place / "model", task, VALIDATION, SAMPLES_ON_THE_WAY, 1.0)])
+            path.append([step, counts(place / "model", task, "validation", SAMPLES_ON_THE_WAY, 1.0)])
             save(partial, path)
-        test = {str(t): counts(place / "model", task, TEST, SAMPLES, t) for t in (1.0, 0.7)} if seed else None
+        test = {str(t): counts(place / "model", task, "test", SAMPLES, t) for t in (1.0, 0.7)} if seed else None
     save(result(out, task, method, setting, seed), {"flags": " ".join(flags), "path": path, "test": test,
                                                     "seconds": time.time() - began})
     return f"{task}: {method} {settings[setting]}, seed {seed}: {time.time() - began:.0f} s"
@@ -138,8 +139,8 @@ def pass_curve(measured, ks=KS):
 
 
 def choose(out, task, method):
-    """The setting with the highest mean of Pass@1 .. 64 on VALIDATION after the last step -> (setting, [scores]); None if untuned."""
-    tuned = [load(result(out, task, method, setting)) for setting in range(3)]
+    """The setting with the highest mean of Pass@1 .. 64 on validation after the last step -> (setting, [scores]); None if untuned."""
+    tuned = [load(result(out, task, method, setting)) for setting in range(SETTINGS)]
     if None in tuned:
         return None
     scores = [pass_curve(run["path"][-1][1], KS[:7]).mean() for run in tuned]
@@ -188,7 +189,7 @@ def print_tables(out, tasks, methods, seeds):
                 runs[method] = [run for run in found if run]
         runs = {method: found for method, found in runs.items() if found}
 
-        print(f"\n## {task}: tuning on seed 0, mean of Pass@1 .. Pass@64 on {VALIDATION.stop - VALIDATION.start} validation problems")
+        print(f"\n## {task}: tuning on seed 0, mean of Pass@1 .. Pass@64 on validation problems")
         line("method", "settings", "scores", "kept")
         for method, chosen in choice.items():
             if chosen:
@@ -196,7 +197,7 @@ def print_tables(out, tasks, methods, seeds):
                 line(method, "; ".join(settings), " / ".join(f"{score:.1f}" for score in chosen[1]), settings[chosen[0]])
 
         for temperature in ("1.0", "0.7"):
-            print(f"\n## {task}, temperature {temperature}: mean ± sd over seeds, {TEST.stop} problems, {SAMPLES} samples")
+            print(f"\n## {task}, temperature {temperature}: mean ± sd over seeds, {len(base['test'][temperature]['c'])} problems, {SAMPLES} samples")
             line("method", "seeds", *(f"Pass@{k}" for k in KS), "distinct", "sigma")
             line(*["---"] * (len(KS) + 4))
             for method, found in {"base": [base], **runs}.items():
@@ -241,7 +242,7 @@ def main():
         jobs = lambda kind: [(args.out, task, method, setting, seed) for task in args.tasks for method in args.methods
                              for setting, seed in kind(task, method)]
         with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-            for kind in (lambda task, method: [(setting, 0) for setting in range(3)],
+            for kind in (lambda task, method: [(setting, 0) for setting in range(SETTINGS)],
                          lambda task, method: [(choose(args.out, task, method)[0], seed) for seed in args.seeds]):
                 waiting = [pool.submit(one, *job) for job in jobs(kind) if not result(*job).is_file()]
                 for future in waiting:
