@@ -107,6 +107,8 @@ def one(out, task, method, setting, seed):
         for step in STAGES[len(path):]:
             more = ["--resume"] if (place / "flags.json").is_file() else []
             code = train.main([*flags, "--out", str(out / task), "--name", name, "--steps", str(step), *more])
+            if code >= 128 or os.getppid() == 1:       # a signal, or the study is gone: this process takes no further run
+                os._exit(code)
             if code:
                 raise RuntimeError(f"{name} on {task} ended with exit code {code}: see {log.name}")
             path.append([step, counts(place / "model", task, "validation", SAMPLES_ON_THE_WAY, 1.0)])
