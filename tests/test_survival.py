@@ -339,7 +339,7 @@ def test_three_bad_steps_in_a_row_end_the_run(base, monkeypatch, capsys):
     assert str(base / "thrice" / "checkpoints" / "0000006.safetensors") in error, "the last good checkpoint is named"
     assert len(rows(base, "thrice")) == 7, "two bad steps in a row do not end it"
     assert go(base, *flags, "--resume", "--lr", "1e-4") == 0, "and the run can go on from there with a smaller --lr"
-    assert "lr was 0.003 and is 0.0001 from here on." in capsys.readouterr().out, "an --lr that changes is never silent"
+    assert "lr was 0.001 and is 0.0001 from here on." in capsys.readouterr().out, "an --lr that changes is never silent"
     assert [row["step"] for row in rows(base, "thrice")] == [str(step) for step in range(1, 10)]
 
 
