@@ -18,7 +18,6 @@ import argparse
 import contextlib
 import json
 import os
-import statistics
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -170,8 +169,8 @@ def samples_for(curve, level):
 
 
 def mean_sd(values, digits=1):
-    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{spread}"
+    spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{spread}"
 
 
 def line(*cells):
@@ -205,9 +204,9 @@ def print_tables(out, tasks, methods, seeds):
             for method, found in {"base": [base], **runs}.items():
                 tests = [run["test"][temperature] for run in found]
                 curves = [pass_curve(test).mean(0) for test in tests]
-                sigma = [statistics.mean(s for s in test["sigma"] if s is not None) for test in tests]
+                sigma = [np.mean([s for s in test["sigma"] if s is not None] or [np.nan]) for test in tests]
                 line(method, len(found), *(mean_sd([curve[i] for curve in curves]) for i in range(len(KS))),
-                     mean_sd([statistics.mean(test["distinct"]) for test in tests]), mean_sd(sigma, 2))
+                     mean_sd([np.mean(test["distinct"]) for test in tests]), mean_sd(sigma, 2))
             if "grpo" not in runs:
                 continue
             print(f"\n## {task}, temperature {temperature}: minus grpo, 95 % bootstrap over problems, and samples for grpo's Pass@64")
