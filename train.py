@@ -467,8 +467,8 @@ def open_run(args):
         for key, now in (before | vars(args)).items():
             if before.get(key) != now and key not in FREE:
                 raise ValueError(f"--resume goes on with the run's own flags, but {key} was {before.get(key)} and is {now} now.")
-        if before["lr"] != args.lr:
-            print(f"lr was {before['lr']} and is {args.lr} from here on.")
+        if before.get("lr") != args.lr:
+            print(f"lr was {before.get('lr')} and is {args.lr} from here on.")
     elif args.resume:
         raise ValueError(f"there is no run to resume in '{folder}': without --resume it is started.")
     elif folder.exists() and {file.name for file in folder.iterdir()} - {"lock", "flags.json.tmp"}:
@@ -532,7 +532,7 @@ def run(argv=None):
         room, problems = policy.config.max_position_embeddings - args.max_new_tokens, task.problems[False]
         ask = lambda problem: chat(tokenizer, task.system, task.prompt(problem), task.style)
         task.problems[False] = [problem for problem in problems if len(tokenizer(ask(problem)).input_ids) <= room]
-        if rank() == 0:
+        if rank() == 0 and len(task.problems[False]) < len(problems):
             print(f"{len(problems) - len(task.problems[False])} of {len(problems)} problems are left out: prompts over {room} tokens.")
     task.problem(random.Random(0))                     # none left is told now, too
     folder, lock = open_run(args)
