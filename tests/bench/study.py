@@ -1,23 +1,25 @@
 """The paper's experiment on two CPU cores: does smoothing keep Pass@k, on which task, against which baseline?
 
-    python tests/bench/study.py                                 # everything: about fifteen hours on two cores
-    python tests/bench/study.py --tasks many --methods grpo diffsmooth --seeds 1 2 3
+    python tests/bench/study.py                                 # everything: about ten hours on two cores
+    python tests/bench/study.py --tasks many --regimes fast --methods grpo diffsmooth+ --seeds 1 2 3
     python tests/bench/study.py --only-print                    # the tables of what is finished so far
 
 Two tasks: `many` (Countdown, 4 numbers to 9: several solutions a problem) and `one` (3 numbers to 20: mostly a single one).
-Every method gets the same effort: its six settings below are trained on seed 0, the one with the highest mean of Pass@1,
-2, 4 .. 64 on the validation problems is kept, and runs on fresh seeds. Those are measured on other held-out problems, at temperature 1 and 0.7;
-a run is also measured on the way, every 100 steps, so that methods can be compared at equal Pass@1.
+Two regimes, because they disagree: `fast`, the learning rate and steps of train.py itself (1e-4, 500), and `slow` (3e-5, 300), where
+RL collapses little. In `slow` every method gets the same effort: its three settings are trained on seed 0, and the one
+with the highest mean of Pass@1, 2, 4 .. 64 on validation problems is kept. Everything is run on fresh seeds and measured on
+other held-out problems, at temperature 1 and 0.7, and on the way, so that methods can be compared at equal Pass@1.
 
 Two runs go side by side, one thread each. A run that is finished is one file in OUT/results; a kill loses nothing: the same
-command goes on, within the run by train.py --resume. A row of the tables by hand:
+command goes on, within the run by train.py --resume. One run by hand:
 
-    python train.py --counts 3 --high 20 --targets 1 60 --base one --loss diffsmooth --gamma_p 0.5 --lr 5e-5 --seed 1 --name mine
+    python train.py --counts 3 --high 20 --targets 1 60 --base one --loss diffsmooth --seed 1 --name mine
 """
 import argparse
 import contextlib
 import json
 import os
+import random
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -30,41 +32,73 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 TASKS = {"many": "--counts 4 --high 9 --targets 1 60", "one": "--counts 3 --high 20 --targets 1 60"}
-def grid(flag, *values):
-    """Three values at two learning rates: a low one keeps diversity by itself, and must not be what decides."""
-    return [f"{flag} {value} --lr {lr}" for lr in ("5e-5", "1e-4") for value in values]
 
 
-RATES = [f"--lr {lr}" for lr in ("2e-5", "3e-5", "5e-5", "7e-5", "1e-4", "2e-4")]
-METHODS = {                                            # name -> (loss and fixed flags, the six settings tried)
-    "grpo": ("grpo", RATES),
-    "diffsmooth+": ("diffsmooth --gamma_n 0", grid("--gamma_p", 0.2, 0.5, 1.0)),            # DS-GRPO-Positive, the default
-    "reward form": ("diffsmooth_reward --gamma_n 0", grid("--gamma_p", 0.1, 0.2, 0.5)),
-    "no std": ("diffsmooth_reward --gamma_p 0 --gamma_n 0", RATES),                         # the control of the row above
-    "bonus": ("entropy", grid("--entropy_coef", 0.01, 0.03, 0.1)),
-    "penalty": ("entropy", grid("--entropy_coef", -0.003, -0.01, -0.03)),
-    "diffsmooth": ("diffsmooth --gamma_p 0.5", grid("--gamma_n", 0.01, 0.03, 0.1)),         # both gammas
-    "diffsmooth-": ("diffsmooth --gamma_p 0", grid("--gamma_n", 0.01, 0.03, 0.1)),          # DS-GRPO-Negative
-    "passk": ("passk", grid("--k", 2, 4, 8)),
-    "unlikeliness": ("unlikeliness", grid("--rank_coef", 0.1, 0.25, 0.5)),
-    "cispo": ("cispo", RATES),
-    "focal": ("focal", grid("--focal_gamma", 0.5, 1.0, 2.0)),
-    "ucpo": ("ucpo", grid("--tau", 0.1, 0.2, 0.4)),
-    "w_reinforce": ("w_reinforce", [f"--w_pos {w} --lr {lr}" for lr in ("2e-5", "5e-5") for w in (0.1, 0.3, 1.0)]),
-    "maxrl": ("maxrl", RATES),
+def rates(loss):
+    """Three learning rates, for a loss without a strength of its own."""
+    return [f"--loss {loss} --lr {lr}" for lr in ("3e-5", "5e-5", "1e-4")]
+
+
+def grid(flags, *values):
+    """Three strengths, at the one of these learning rates that is best for grpo."""
+    return [f"--loss {flags} {value} --lr 3e-5" for value in values]
+
+
+METHODS = {                                            # regime -> name -> settings; of several the best is kept
+    "fast": {
+        "grpo": ["--loss grpo"],
+        "diffsmooth+": ["--loss diffsmooth"],          # DS-GRPO-Positive, the default
+        "bonus .01": ["--loss entropy --entropy_coef 0.01"],
+        "penalty .01": ["--loss entropy --entropy_coef -0.01"],
+        "passk": ["--loss passk --k 4"],
+        "reward form": ["--loss diffsmooth_reward"],
+        "no std": ["--loss diffsmooth_reward --gamma_p 0"],                             # the control of the row above
+        "bonus .003": ["--loss entropy --entropy_coef 0.003"],
+    },
+    "slow": {
+        "grpo": rates("grpo"),
+        "diffsmooth+": grid("diffsmooth --gamma_n 0 --gamma_p", 0.1, 0.3, 1.0),
+        "bonus": grid("entropy --entropy_coef", 0.003, 0.01, 0.03),
+        "penalty": grid("entropy --entropy_coef", -0.003, -0.01, -0.03),
+        "reward form": grid("diffsmooth_reward --gamma_n 0 --gamma_p", 0.03, 0.1, 0.3),
+        "no std": rates("diffsmooth_reward --gamma_p 0 --gamma_n 0"),
+        "diffsmooth": grid("diffsmooth --gamma_p 0.3 --gamma_n", 0.01, 0.03, 0.1),      # both gammas
+        "diffsmooth-": grid("diffsmooth --gamma_p 0 --gamma_n", 0.01, 0.03, 0.1),       # DS-GRPO-Negative
+        "passk": grid("passk --k", 2, 4, 8),
+        "unlikeliness": grid("unlikeliness --rank_coef", 0.1, 0.25, 0.5),
+        "cispo": rates("cispo"),
+        "focal": grid("focal --focal_gamma", 0.5, 1.0, 2.0),
+        "ucpo": grid("ucpo --tau", 0.1, 0.2, 0.4),
+        "w_reinforce": grid("w_reinforce --w_pos", 0.1, 0.3, 1.0),
+        "maxrl": rates("maxrl"),
+    },
 }
-SETTINGS = 6
-STAGES = (100, 200, 300, 400, 500)                     # steps after which a run is measured
-# Of 768 held-out problems every third is for validation: the later ones in the list are rarer and harder.
-PROBLEMS, PARTS = 768, {"test": (0, 1), "validation": (2,)}
+# Steps after which a run is measured; a tuning run only after the last.
+STAGES = {"fast": (100, 200, 300, 400, 500), "slow": (50, 100, 200, 300)}
+PROBLEMS = {"test": 512, "validation": 256}
 SAMPLES, SAMPLES_ON_THE_WAY = 128, 64
 KS = [1, 2, 4, 8, 16, 32, 64, 128]
+LEVELS = (20, 25, 30)                                  # of Pass@1, at which Pass@64 is compared
+IN_FIGURES = ("base", "grpo", "diffsmooth+", "bonus", "bonus .01", "penalty", "penalty .01", "passk")
 
 
 # --------------------------------------------------------------------------------------------------------------- running
 
+def problems_of(task, part):
+    """Held-out problems, drawn as training draws its own (an easy one may come twice), the same on every call. No problem is
+    both for validation and for test."""
+    from rewards import hashed_share
+    rng, problems = random.Random(0), []
+    while len(problems) < PROBLEMS[part]:
+        problem = task.problem(rng, held_out=True)
+        share = hashed_share(f"part {sorted(problem.numbers)} {problem.target}")
+        if ("validation" if share < 1 / 3 else "test") == part:
+            problems.append(problem)
+    return problems
+
+
 def counts(model, task, part, n, temperature):
-    """Evaluate a model folder -> {"c", "distinct", "sigma"}, a list over problems each."""
+    """Evaluate a model folder -> {"n", "c", "distinct", "sigma"}, a list over problems each."""
     import torch
     import eval as evaluation
     import policy as policy_module
@@ -72,8 +106,7 @@ def counts(model, task, part, n, temperature):
     policy, tokenizer = policy_module.load(model)
     flags = train.parse(TASKS[task].split())
     judge = evaluation.make_task(flags, tokenizer)
-    problems = [problem for i, problem in enumerate(judge.held_out_problems(PROBLEMS)) if i % 3 in PARTS[part]]
-    records = evaluation.evaluate(policy, tokenizer, judge, problems, n, flags.max_new_tokens, temperature,
+    records = evaluation.evaluate(policy, tokenizer, judge, problems_of(judge, part), n, flags.max_new_tokens, temperature,
                                   torch.Generator().manual_seed(0))
     return {"n": n} | {key: [r[key] for r in records] for key in ("c", "distinct", "sigma")}
 
@@ -83,27 +116,28 @@ def start(out, task):
     import torch
     import train
     torch.set_num_threads(os.cpu_count())
-    train.start_policy(train.parse([*TASKS[task].split(), "--out", str(out / task)]), "cpu", torch.float32)
+    flags = train.parse([*TASKS[task].split(), "--out", str(out / task)])
+    _, tokenizer, model = train.start_policy(flags, "cpu", torch.float32)
     if not result(out, task, "base").is_file():
-        model = out / task / "base" / "model"
-        save(result(out, task, "base"), {"path": [[0, counts(model, task, "validation", SAMPLES_ON_THE_WAY, 1.0)]],
+        judge = train.make_task(flags, tokenizer)
+        save(result(out, task, "base"), {"multiplicity": [len(judge.solutions(x)) for x in problems_of(judge, "test")],
+                                         "path": [[0, counts(model, task, "validation", SAMPLES_ON_THE_WAY, 1.0)]],
                                          "test": {str(t): counts(model, task, "test", SAMPLES, t) for t in (1.0, 0.7)}})
 
 
-def one(out, task, method, setting, seed):
+def one(out, task, regime, method, setting, seed):
     """One run from wherever it is to its results file. Seed 0 is for tuning: it is never measured on the test problems."""
     import torch
     import train
     torch.set_num_threads(1)
-    loss, settings = METHODS[method]
-    name = f"{method.replace(' ', '_')}-{setting}-s{seed}"
-    flags = f"--loss {loss} {settings[setting]} {TASKS[task]} --seed {seed} --eval-problems 0".split()
+    chosen, name = METHODS[regime][method][setting], name_of(regime, method, setting, seed)
+    flags = f"{chosen} {TASKS[task]} --seed {seed} --eval-problems 0".split()
     place, path, began = out / task / name, [], time.time()
     partial = place / "path.json"
     if partial.is_file():
         path = json.loads(partial.read_text())
     with open(out / task / f"{name}.log", "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-        for step in STAGES[len(path):]:
+        for step in (STAGES[regime] if seed else STAGES[regime][-1:])[len(path):]:
             more = ["--resume"] if (place / "flags.json").is_file() else []
             code = train.main([*flags, "--out", str(out / task), "--name", name, "--steps", str(step), *more])
             if code >= 128 or os.getppid() == 1:       # a signal, or the study is gone: this process takes no further run
@@ -113,13 +147,16 @@ def one(out, task, method, setting, seed):
             path.append([step, counts(place / "model", task, "validation", SAMPLES_ON_THE_WAY, 1.0)])
             save(partial, path)
         test = {str(t): counts(place / "model", task, "test", SAMPLES, t) for t in (1.0, 0.7)} if seed else None
-    save(result(out, task, method, setting, seed), {"flags": " ".join(flags), "path": path, "test": test,
-                                                    "seconds": time.time() - began})
-    return f"{task}: {method} {settings[setting]}, seed {seed}: {time.time() - began:.0f} s"
+    save(result(out, task, name), {"flags": " ".join(flags), "path": path, "test": test, "seconds": time.time() - began})
+    return f"{task}, {regime}: {chosen}, seed {seed}: {time.time() - began:.0f} s"
 
 
-def result(out, task, method, setting=0, seed=0):
-    return out / "results" / f"{task}-{method.replace(' ', '_')}-{setting}-s{seed}.json"
+def name_of(regime, method, setting, seed):
+    return f"{regime}-{method.replace(' ', '_')}-{setting}-s{seed}"
+
+
+def result(out, task, name):
+    return out / "results" / f"{task}-{name}.json"
 
 
 def save(file, value):
@@ -139,13 +176,22 @@ def pass_curve(measured, ks=KS):
     return np.array([[100 * pass_at_k(measured["n"], c, k) for k in ks] for c in measured["c"]])
 
 
-def choose(out, task, method):
-    """The setting with the highest mean of Pass@1 .. 64 on validation after the last step -> (setting, [scores]); None if untuned."""
-    tuned = [load(result(out, task, method, setting)) for setting in range(SETTINGS)]
+def choose(out, task, regime, method):
+    """The setting with the highest mean of Pass@1 .. 64 on validation after the last step -> (setting, [scores]); None before
+    all were tried. A single one needs no trial."""
+    settings = METHODS[regime][method]
+    if len(settings) == 1:
+        return 0, []
+    tuned = [load(result(out, task, name_of(regime, method, setting, 0))) for setting in range(len(settings))]
     if None in tuned:
         return None
     scores = [pass_curve(run["path"][-1][1], KS[:7]).mean() for run in tuned]
     return int(np.argmax(scores)), scores
+
+
+def trials(out, task, regime, method):
+    """The settings to be tried on seed 0."""
+    return range(len(METHODS[regime][method])) if len(METHODS[regime][method]) > 1 else ()
 
 
 def interval(differences, resamples=4000):
@@ -173,82 +219,100 @@ def mean_sd(values, digits=1):
     return f"{np.mean(values):.{digits}f}{spread}"
 
 
-def line(*cells):
-    print("| " + " | ".join(map(str, cells)) + " |")
+# --------------------------------------------------------------------------------------------------------------- printing
+
+def table(title, head, rows):
+    print(f"\n{title}\n")
+    for cells in (head, ["---"] * len(head), *rows):
+        print("| " + " | ".join(map(str, cells)) + " |")
 
 
-def print_tables(out, tasks, methods, seeds):
-    for task in tasks:
-        base = load(result(out, task, "base"))
-        if base is None:
+def chart(title, x_label, x, y_label, lines):
+    """A Mermaid figure, as Markdown pages show it. lines: {name: values, as many as x or fewer}."""
+    print(f'\n```mermaid\nxychart-beta\n    title "{title}"')
+    print(f'    x-axis "{x_label}" [{", ".join(map(str, x))}]\n    y-axis "{y_label}"')
+    for name, values in lines.items():
+        print(f'    line "{name}" [{", ".join(f"{value:.1f}" for value in values)}]')
+    print("```")
+
+
+def print_study(out, task, regime, methods, seeds):
+    base = load(result(out, task, "base"))
+    choice = {method: choose(out, task, regime, method) for method in methods}
+    choice = {method: chosen for method, chosen in choice.items() if chosen}
+    runs = {"base": [base]}                            # method -> what its fresh seeds gave, as far as they are finished
+    for method, (setting, _) in choice.items():
+        found = [load(result(out, task, name_of(regime, method, setting, seed))) for seed in seeds]
+        runs |= {method: [run for run in found if run]} if any(found) else {}
+    mean = lambda measure, some: np.mean([measure(run) for run in some], 0)
+    solutions = np.array(base["multiplicity"])
+    print(f"\n## {task}, {regime}: solution multiplicity {solutions.mean():.2f}, one solution: {100 * (solutions == 1).mean():.0f} %")
+
+    table("Settings (mean of Pass@1 .. Pass@64 on validation problems, seed 0) and the one that is kept", ["method", "tried", "kept"],
+          [[method, "; ".join(f"{flags} ({score:.1f})" for flags, score in zip(METHODS[regime][method], scores)),
+            METHODS[regime][method][setting]] for method, (setting, scores) in choice.items()])
+
+    for temperature in ("1.0", "0.7"):
+        tests = {method: [run["test"][temperature] for run in some] for method, some in runs.items()}
+        curves = {method: np.array([pass_curve(test) for test in some]) for method, some in tests.items()}
+        sigma = lambda test: np.mean([s for s in test["sigma"] if s is not None] or [np.nan])
+        table(f"Temperature {temperature}: mean ± sd over seeds, {len(solutions)} test problems, {SAMPLES} samples",
+              ["method", "seeds", *(f"Pass@{k}" for k in KS), "distinct", "sigma"],
+              [[method, len(some), *(mean_sd(curve) for curve in curves[method].mean(1).T),       # (seeds, problems, ks)
+                mean_sd([np.mean(test["distinct"]) for test in some]), mean_sd([sigma(test) for test in some], 2)]
+               for method, some in tests.items()])
+        if "grpo" not in runs:
             continue
-        runs, choice = {}, {}
-        for method in methods:
-            choice[method] = choose(out, task, method)
-            if choice[method]:
-                found = [load(result(out, task, method, choice[method][0], seed)) for seed in seeds]
-                runs[method] = [run for run in found if run]
-        runs = {method: found for method, found in runs.items() if found}
+        level = curves["grpo"][:, :, KS.index(64)].mean()
+        every = lambda test: pass_curve(test, range(1, SAMPLES + 1)).mean(0)
+        against = [KS.index(k) for k in (1, 4, 16, 64, 128)]
+        table(f"Temperature {temperature}: minus grpo, 95 % paired bootstrap over problems",
+              ["method", *(f"Pass@{KS[i]}" for i in against), "k for grpo's Pass@64"],
+              [[method, *(interval((curves[method].mean(0) - curves["grpo"].mean(0))[:, i]) for i in against),
+                samples_for(mean(every, tests[method]), level)] for method in runs if method != "grpo"])
+        if temperature == "1.0":
+            chart(f"{task}, {regime}: Pass@k at temperature 1", "k", KS, "Pass@k (%)",
+                  {method: curves[method].mean((0, 1)) for method in IN_FIGURES if method in runs})
 
-        print(f"\n## {task}: tuning on seed 0, mean of Pass@1 .. Pass@64 on validation problems")
-        line("method", "settings", "scores", "kept")
-        for method, chosen in choice.items():
-            if chosen:
-                settings = METHODS[method][1]
-                line(method, "; ".join(settings), " / ".join(f"{score:.1f}" for score in chosen[1]), settings[chosen[0]])
-
-        for temperature in ("1.0", "0.7"):
-            print(f"\n## {task}, temperature {temperature}: mean ± sd over seeds, {len(base['test'][temperature]['c'])} problems, {SAMPLES} samples")
-            line("method", "seeds", *(f"Pass@{k}" for k in KS), "distinct", "sigma")
-            line(*["---"] * (len(KS) + 4))
-            for method, found in {"base": [base], **runs}.items():
-                tests = [run["test"][temperature] for run in found]
-                curves = [pass_curve(test).mean(0) for test in tests]
-                sigma = [np.mean([s for s in test["sigma"] if s is not None] or [np.nan]) for test in tests]
-                line(method, len(found), *(mean_sd([curve[i] for curve in curves]) for i in range(len(KS))),
-                     mean_sd([np.mean(test["distinct"]) for test in tests]), mean_sd(sigma, 2))
-            if "grpo" not in runs:
-                continue
-            print(f"\n## {task}, temperature {temperature}: minus grpo, 95 % bootstrap over problems, and samples for grpo's Pass@64")
-            line("method", *(f"Pass@{k}" for k in KS), "k that reaches grpo's Pass@64")
-            line(*["---"] * (len(KS) + 2))
-            mean = {method: np.mean([pass_curve(run["test"][temperature]) for run in found], 0) for method, found in runs.items()}
-            for method, found in runs.items():
-                every = np.mean([pass_curve(run["test"][temperature], range(1, SAMPLES + 1)).mean(0) for run in found], 0)
-                line(method, *(interval(mean[method][:, i] - mean["grpo"][:, i]) for i in range(len(KS))),
-                     samples_for(every, mean["grpo"][:, KS.index(64)].mean()))
-
-        print(f"\n## {task}: the way there, Pass@1 / Pass@64 on validation problems, mean over seeds")
-        levels = (15, 18, 21, 24)
-        line("method", *(f"step {step}" for step in (0, *STAGES)), *(f"Pass@64 at Pass@1 = {level}" for level in levels))
-        line(*["---"] * (len(STAGES) + len(levels) + 2))
-        first = [pass_curve(base["path"][0][1], (1, 64)).mean(0)]
-        for method, found in runs.items():
-            path = first + [np.mean([pass_curve(run["path"][i][1], (1, 64)).mean(0) for run in found], 0) for i in range(len(STAGES))]
-            there = [at_pass_1(path, level) for level in levels]
-            line(method, *(f"{a:.1f} / {b:.1f}" for a, b in path), *("-" if y is None else f"{y:.1f}" for y in there))
+    start = pass_curve(base["path"][0][1], (1, 64)).mean(0)
+    points = lambda run: [pass_curve(measured, (1, 64)).mean(0) for _, measured in run["path"]]
+    path = {method: [start, *mean(points, some)] for method, some in runs.items() if method != "base"}
+    table("The way there: Pass@1 / Pass@64 on validation problems, mean over seeds; then Pass@64 where Pass@1 is first reached",
+          ["method", *(f"step {step}" for step in (0, *STAGES[regime])), *(f"Pass@1 = {level}" for level in LEVELS)],
+          [[method, *(f"{a:.1f} / {b:.1f}" for a, b in way),
+            *("-" if y is None else f"{y:.1f}" for y in (at_pass_1(way, level) for level in LEVELS))]
+           for method, way in path.items()])
+    ticks = range(int(start[0]) + 1, 100)
+    paths = {method: [y for y in (at_pass_1(path[method], x) for x in ticks) if y] for method in IN_FIGURES if method in path}
+    if paths:
+        chart(f"{task}, {regime}: the way there", "Pass@1 (%)", list(ticks)[:max(map(len, paths.values()))], "Pass@64 (%)", paths)
 
 
 def main():
+    every = list(dict.fromkeys(method for methods in METHODS.values() for method in methods))
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--regimes", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=every, default=every)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3, 4, 5])
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "study")
     parser.add_argument("--only-print", action="store_true")
     args = parser.parse_args()
+    rows = [(args.out, task, regime, method) for regime in args.regimes for task in args.tasks
+            for method in args.methods if method in METHODS[regime]]
     if not args.only_print:
         for task in args.tasks:
             start(args.out, task)
-        jobs = lambda kind: [(args.out, task, method, setting, seed) for task in args.tasks for method in args.methods
-                             for setting, seed in kind(task, method)]
         with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-            for kind in (lambda task, method: [(setting, 0) for setting in range(SETTINGS)],
-                         lambda task, method: [(choose(args.out, task, method)[0], seed) for seed in args.seeds]):
-                waiting = [pool.submit(one, *job) for job in jobs(kind) if not result(*job).is_file()]
+            for seed in (0, *args.seeds):              # a study that is cut short has the same seeds of every method
+                jobs = [(*row, setting, seed) for row in rows for setting in (trials(*row) if seed == 0 else choose(*row)[:1])]
+                waiting = [pool.submit(one, *job) for job in jobs if not result(*job[:2], name_of(*job[2:])).is_file()]
                 for future in waiting:
                     print(future.result(), flush=True)
-    print_tables(args.out, args.tasks, args.methods, args.seeds)
+    for regime in args.regimes:
+        for task in args.tasks:
+            if result(args.out, task, "base").is_file():
+                print_study(args.out, task, regime, [m for m in args.methods if m in METHODS[regime]], args.seeds)
 
 
 if __name__ == "__main__":
