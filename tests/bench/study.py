@@ -301,6 +301,8 @@ def main():
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "study")
     parser.add_argument("--only-print", action="store_true")
     args = parser.parse_args()
+    if 0 in args.seeds:
+        parser.error("seed 0 is for tuning: --seeds takes others.")
     rows = [(args.out, task, regime, method) for regime in args.regimes for task in args.tasks
             for method in args.methods if method in METHODS[regime]]
     if not args.only_print:
