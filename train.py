@@ -455,11 +455,21 @@ def start_policy(args, device, dtype):
     return policy, tokenizer, base / "model"
 
 
-def open_run(args):
-    """Make or reopen runs/NAME and lock it -> (folder, lock). A folder that holds another run is never written to."""
-    folder = Path(args.out) / args.name
-    if rank() > 0:                                     # the first process speaks for all
-        return folder, None
+def in_first(action):
+    """`action` in the first process only -> its result there, None elsewhere. If it raises, no process goes on."""
+    result = error = None
+    if rank() == 0:
+        try:
+            result = action()
+        except Exception as raised:
+            error = raised
+    if gather(torch.tensor([float(error is not None)])).any():
+        raise error or ValueError("the first process ended the run and says why.")
+    return result
+
+
+def open_run(folder, args):
+    """Make or reopen runs/NAME and lock it -> the lock. A folder that holds another run is never written to."""
     if (folder / "flags.json").is_file():
         if not args.resume:
             raise ValueError(f"'{folder}' holds a run already: go on with --resume, or choose another --name.")
@@ -474,7 +484,7 @@ def open_run(args):
     elif folder.exists() and {file.name for file in folder.iterdir()} - {"lock", "flags.json.tmp"}:
         raise ValueError(f"'{folder}' is not empty and holds no run: choose another --name.")
     folder.mkdir(parents=True, exist_ok=True)
-    return folder, lock_file(folder / "lock")
+    return lock_file(folder / "lock")
 
 
 def lock_file(path):
@@ -535,7 +545,8 @@ def run(argv=None):
         if rank() == 0 and len(task.problems[False]) < len(problems):
             print(f"{len(problems) - len(task.problems[False])} of {len(problems)} problems are left out: prompts over {room} tokens.")
     task.problem(random.Random(0))                     # none left is told now, too
-    folder, lock = open_run(args)
+    folder = Path(args.out) / args.name
+    lock = in_first(lambda: open_run(folder, args))    # held until the process ends
 
     own = {name: getattr(args, name) for name in hyperparameters(args.loss)}
     loss_fn = functools.partial(variants()[args.loss], **own)

@@ -197,6 +197,17 @@ def rows(base, name):
     return [dict(zip(lines[0].split(","), line.split(","))) for line in lines[1:]]
 
 
+def test_a_refusal_of_the_first_process_ends_the_others(base):
+    """Of two processes only the first looks at the folder; the second must not go on alone into a broken connection."""
+    go(base, "--loss", "grpo", "--steps", 1, "--name", "taken")
+    ran = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "train.py"),
+                          *TOY.split(), "--out", str(base), "--loss", "grpo", "--name", "taken"],
+                         capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    said = [line for line in ran.stderr.splitlines() if "error:" in line]
+    assert ran.returncode and any("holds a run already" in line for line in said), ran.stderr
+    assert all("holds a run already" in line or "the first process ended the run" in line for line in said), ran.stderr
+
+
 TIMES = ("sample_s", "update_s", "memory_gb", "tokens_s")
 
 
