@@ -60,6 +60,8 @@ METHODS = {                                            # regime -> name -> setti
         "reward form": ["--loss diffsmooth_reward"],
         "no std": ["--loss diffsmooth_reward --gamma_p 0"],                             # the control of the row above
         "bonus .003": ["--loss entropy --entropy_coef 0.003"],
+        "maxrl": ["--loss maxrl"],
+        "focal": ["--loss focal --focal_gamma 2"],
         "token mean": ["--loss diffsmooth --reduction mean --gamma_p 4"],               # the same size, 8 tokens an answer
     },
     "slow": {
