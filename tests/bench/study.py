@@ -249,10 +249,10 @@ def print_study(out, task, regime, methods, seeds):
     base = load(result(out, task, "base"))
     choice = {method: choose(out, task, regime, method) for method in methods}
     choice = {method: chosen for method, chosen in choice.items() if chosen}
-    runs = {"base": [base]}                            # method -> what its fresh seeds gave, as far as they are finished
+    runs = {"base": {0: base}}                         # method -> {seed: what it gave}, as far as they are finished
     for method, (setting, _) in choice.items():
-        found = [load(result(out, task, name_of(regime, method, setting, seed))) for seed in seeds]
-        runs |= {method: [run for run in found if run]} if any(found) else {}
+        found = {seed: load(result(out, task, name_of(regime, method, setting, seed))) for seed in seeds}
+        runs |= {method: {seed: run for seed, run in found.items() if run}} if any(found.values()) else {}
     mean = lambda measure, some: np.mean([measure(run) for run in some], 0)
     solutions = np.array(base["multiplicity"])
     single = 100 * (solutions == 1).mean()
@@ -264,7 +264,7 @@ def print_study(out, task, regime, methods, seeds):
             METHODS[regime][method][setting]] for method, (setting, scores) in choice.items()])
 
     for temperature in ("1.0", "0.7"):
-        tests = {method: [run["test"][temperature] for run in some] for method, some in runs.items()}
+        tests = {method: [run["test"][temperature] for run in some.values()] for method, some in runs.items()}
         curves = {method: np.array([pass_curve(test) for test in some]) for method, some in tests.items()}
         sigma = lambda test: np.mean([s for s in test["sigma"] if s is not None] or [np.nan])
         table(f"Temperature {temperature}: mean ± sd over seeds, {len(solutions)} test problems, {SAMPLES} samples",
@@ -274,20 +274,23 @@ def print_study(out, task, regime, methods, seeds):
                for method, some in tests.items()])
         if "grpo" not in runs:
             continue
-        level = curves["grpo"][:, :, KS.index(64)].mean()
+        # A seed draws the same training problems for every method: grpo counts with the seeds of the other (all, for the base).
+        shared = {method: [seed in some for seed in runs["grpo"]] for method, some in runs.items()}
+        rival = {method: curves["grpo"][mask if any(mask) else slice(None)] for method, mask in shared.items()}
         every = lambda test: pass_curve(test, range(1, SAMPLES + 1)).mean(0)
         against = [KS.index(k) for k in (1, 4, 16, 64, 128)]
-        table(f"Temperature {temperature}: minus grpo, 95 % paired bootstrap over problems",
+        table(f"Temperature {temperature}: minus grpo of the same seeds, 95 % paired bootstrap over problems",
               ["method", *(f"Pass@{KS[i]}" for i in against), "k for grpo's Pass@64"],
-              [[method, *(interval((curves[method].mean(0) - curves["grpo"].mean(0))[:, i]) for i in against),
-                samples_for(mean(every, tests[method]), level)] for method in runs if method != "grpo"])
+              [[method, *(interval((curves[method].mean(0) - rival[method].mean(0))[:, i]) for i in against),
+                samples_for(mean(every, tests[method]), rival[method][:, :, KS.index(64)].mean())]
+               for method in runs if method != "grpo"])
         if temperature == "1.0":
             chart(f"{task}, {regime}: Pass@k at temperature 1", "k", KS, "Pass@k (%)",
                   {method: curves[method].mean((0, 1)) for method in IN_FIGURES if method in runs})
 
     start = pass_curve(base["path"][0][1], (1, 64)).mean(0)
     points = lambda run: [pass_curve(measured, (1, 64)).mean(0) for _, measured in run["path"]]
-    path = {method: [start, *mean(points, some)] for method, some in runs.items() if method != "base"}
+    path = {method: [start, *mean(points, some.values())] for method, some in runs.items() if method != "base"}
     levels = LEVELS.get(task, (20, 25, 30))
     table("The way there: Pass@1 / Pass@64 on validation problems, mean over seeds; then Pass@64 where Pass@1 is first reached",
           ["method", *(f"step {step}" for step in (0, *STAGES[regime])), *(f"Pass@1 = {level}" for level in levels)],
