@@ -226,6 +226,11 @@ def take(rollout, rows):
     return Rollout(**fields, texts=[rollout.texts[row] for row in rows.tolist()])
 
 
+def draw(task, fixed, rng):
+    """A problem to train on: a new one, or with --fixed-problems N one of N, number i being what the random seed i gives."""
+    return task.problem(random.Random(rng.randrange(fixed)) if fixed else rng)
+
+
 def collect(policy, tokenizer, task, args, rng, generator):
     """Problems, answers, rewards -> (problems, rollout, rewards (B,)), B = this process's prompts x G.
 
@@ -236,7 +241,7 @@ def collect(policy, tokenizer, task, args, rng, generator):
     rng = random.Random(rng.getrandbits(64))           # one draw from the run's state a step, however many attempts follow
     problems, rollouts, rewards = [], [], []
     for attempt in range(args.dynamic_sampling + 1):
-        drawn = [task.problem(rng) for _ in range(args.prompts)][rank() * mine:(rank() + 1) * mine]
+        drawn = [draw(task, args.fixed_problems, rng) for _ in range(args.prompts)][rank() * mine:(rank() + 1) * mine]
         prompts = [chat(tokenizer, task.system, task.prompt(problem), task.style) for problem in drawn]
         at_once = max(1, args.rows // G)               # prompts in flight: their caches are what fills a GPU
         rollout = join([sample(policy, tokenizer, prompts[i:i + at_once], G, args.max_new_tokens, args.temperature, generator)
@@ -359,6 +364,7 @@ def parse(argv):
     add_task_flags(parser)
     flag("--eval-data", help="math: evaluate on this file; default: a tenth of --data that is held out")
     flag("--prompts", type=int, default=32, help="problems a step")
+    flag("--fixed-problems", type=int, help="train on this many problems, again and again; default: every step draws anew")
     flag("--group-size", type=int, default=16, help="answers a problem (G)")
     flag("--temperature", type=float, default=1.0, help="of sampling, and of every log-probability")
     flag("--dynamic-sampling", type=int, default=0, help="redraw groups that are all right or all wrong, at most this often")
@@ -405,6 +411,7 @@ def check(args):
         need(getattr(args, name) >= 1, f"--{name.replace('_', '-')} must be at least 1.")
     for name in ("dynamic_sampling", "warmup", "micro_batch", "eval_problems"):
         need(getattr(args, name) >= 0, f"--{name.replace('_', '-')} must not be negative.")
+    need(args.fixed_problems is None or args.fixed_problems >= 1, "--fixed-problems must be at least 1.")
     need(args.group_size >= 2, "--group-size must be at least 2: with one answer a group there is nothing to compare it with.")
     need(0 < args.temperature < math.inf, "--temperature must be above 0: training scores what was sampled.")
     need(args.model or args.task == "countdown" and args.prompt in (None, "bare"),

@@ -420,10 +420,10 @@ BAD = {                                                # command line -> what th
     "train --loss grpo --name": "--name: expected one argument",
     **{f"train --loss grpo --{flag} {value}": f"--{flag}" for value in ("three", "1e3", "2.5", "-1") for flag in (
         "prompts", "group-size", "dynamic-sampling", "steps", "updates", "warmup", "micro-batch", "warm-steps",
-        "eval-problems", "eval-samples", "rows", "save-every", "show-every", "seed", "max-new-tokens")},
+        "eval-problems", "eval-samples", "rows", "save-every", "show-every", "seed", "max-new-tokens", "fixed-problems")},
     **{f"train --loss grpo --{flag} 0": f"--{flag}" for flag in (
         "prompts", "group-size", "steps", "updates", "warm-steps", "eval-samples", "rows", "save-every", "show-every",
-        "max-new-tokens", "temperature", "lr", "grad-clip")},
+        "max-new-tokens", "fixed-problems", "temperature", "lr", "grad-clip")},
     **{f"train --loss grpo --{flag} {value}": f"--{flag}" for flag in ("temperature", "lr", "grad-clip")
        for value in ("warm", "nan", "-1")},
     "train --loss grpo --lr inf": "--lr",

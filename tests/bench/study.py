@@ -5,13 +5,13 @@
     python tests/bench/study.py --only-print                    # the tables of what is finished so far
 
 Two tasks: `many` (Countdown, 4 numbers to 9: several solutions a problem) and `one` (3 numbers to 20: mostly a single one).
-Three more, only when asked for, are `many` from a weaker start (`weak`) and with groups of 8 or 32 answers, 512 a step as
-before (`groups8`, `groups32`).
+Four more, only when asked for, are `many` with one thing changed: from a weaker start (`weak`), on 512 problems that come
+again and again (`fixed`), with groups of 8 or 32 answers, 512 a step as before (`groups8`, `groups32`).
 Two regimes, because they disagree: `fast`, the learning rate and steps of train.py itself (1e-4, 500), and `slow`
-(3e-5, 300), where RL collapses little. In `slow` every method gets the same effort: its three settings are trained on
-seed 0, and the one with the highest mean of Pass@1, 2, 4 .. 64 on validation problems is kept. Everything is run on fresh
-seeds and measured on other held-out problems, at temperature 1 and 0.7, and on the way, so that methods can be compared
-at equal Pass@1.
+(3e-5, 300), where RL collapses little; `long`, when asked for, is `fast` with twice the steps. In `slow` every method gets
+the same effort: its three settings are trained on seed 0, and the one with the highest mean of Pass@1, 2, 4 .. 64 on
+validation problems is kept. Everything is run on fresh seeds and measured on other held-out problems, at temperature 1 and
+0.7, and on the way, so that methods can be compared at equal Pass@1.
 
 Two runs go side by side, one thread each. A run that is finished is one file in OUT/results; a kill loses nothing: the same
 command goes on, within the run by train.py --resume. One run by hand:
@@ -36,7 +36,7 @@ sys.path.insert(0, str(ROOT))
 
 MANY = "--counts 4 --high 9 --targets 1 60"
 TASKS = {"many": MANY, "one": "--counts 3 --high 20 --targets 1 60",
-         "weak": f"{MANY} --warm-steps 200",           # the same problems, with one thing changed
+         "weak": f"{MANY} --warm-steps 200", "fixed": f"{MANY} --fixed-problems 512",
          "groups8": f"{MANY} --prompts 64 --group-size 8", "groups32": f"{MANY} --prompts 16 --group-size 32"}
 
 
@@ -81,9 +81,10 @@ METHODS = {                                            # regime -> name -> setti
         "w_reinforce": grid("w_reinforce --w_pos", 0.1, 0.3, 1.0),
         "maxrl": rates("maxrl"),
     },
+    "long": {"grpo": ["--loss grpo"], "diffsmooth+": ["--loss diffsmooth"]},
 }
 # Steps after which a run is measured; a tuning run only after the last.
-STAGES = {"fast": (100, 200, 300, 400, 500), "slow": (50, 100, 200, 300)}
+STAGES = {"fast": (100, 200, 300, 400, 500), "slow": (50, 100, 200, 300), "long": (500, 750, 1000)}
 PROBLEMS = {"test": 512, "validation": 256}
 SAMPLES, SAMPLES_ON_THE_WAY = 128, 64
 KS = [1, 2, 4, 8, 16, 32, 64, 128]
@@ -307,7 +308,7 @@ def main():
     every = list(dict.fromkeys(method for methods in METHODS.values() for method in methods))
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=["many", "one"])
-    parser.add_argument("--regimes", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--regimes", nargs="+", choices=METHODS, default=["fast", "slow"])
     parser.add_argument("--methods", nargs="+", choices=every, default=every)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3, 4, 5])
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "study")
