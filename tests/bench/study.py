@@ -81,8 +81,8 @@ METHODS = {                                            # regime -> name -> setti
         "w_reinforce": grid("w_reinforce --w_pos", 0.1, 0.3, 1.0),
         "maxrl": rates("maxrl"),
     },
-    "long": {"grpo": ["--loss grpo"], "diffsmooth+": ["--loss diffsmooth"]},
 }
+METHODS["long"] = METHODS["fast"]                      # and twice the steps
 # Steps after which a run is measured; a tuning run only after the last.
 STAGES = {"fast": (100, 200, 300, 400, 500), "slow": (50, 100, 200, 300), "long": (500, 750, 1000)}
 PROBLEMS = {"test": 512, "validation": 256}
