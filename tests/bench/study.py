@@ -82,7 +82,7 @@ METHODS = {                                            # regime -> name -> setti
         "maxrl": rates("maxrl"),
     },
 }
-METHODS["long"] = METHODS["fast"]                      # and twice the steps
+METHODS["long"] = METHODS["fast"] | {"grpo 3e-5": ["--loss grpo --lr 3e-5"], "diffsmooth+ 3e-5": ["--loss diffsmooth --lr 3e-5"]}
 # Steps after which a run is measured; a tuning run only after the last.
 STAGES = {"fast": (100, 200, 300, 400, 500), "slow": (50, 100, 200, 300), "long": (500, 750, 1000)}
 PROBLEMS = {"test": 512, "validation": 256}
