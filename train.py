@@ -368,7 +368,7 @@ def parse(argv):
     flag("--group-size", type=int, default=16, help="answers a problem (G)")
     flag("--temperature", type=float, default=1.0, help="of sampling, and of every log-probability")
     flag("--dynamic-sampling", type=int, default=0, help="redraw groups that are all right or all wrong, at most this often")
-    flag("--steps", type=int, default=500, help="rollouts")
+    flag("--steps", type=int, default=1000, help="rollouts")
     flag("--updates", type=int, default=1, help="optimiser steps a rollout, each on its share of the prompts")
     flag("--lr", type=float, default=1e-4)
     flag("--warmup", type=int, default=10, help="steps over which the learning rate rises to --lr")
