@@ -27,7 +27,7 @@ class Rollout:
     response: torch.Tensor     # (B, T) int64, the tail of `tokens`
     mask: torch.Tensor         # (B, T) bool, True on sampled tokens up to and including the first stop token
     logp: torch.Tensor         # (B, T) fp32, log-probability of each sampled token at the sampling temperature; else 0
-    texts: list                # B strings, without the stop token
+    texts: list                # B strings, without the stop token; a special token before it is shown
     finished: torch.Tensor     # (B,) bool, False where max_new_tokens cut the answer
 
 
@@ -94,7 +94,8 @@ def sample(policy, tokenizer, prompts, group_size, max_new_tokens, temperature=1
     kept = [ids[:n] for ids, n in zip(response.tolist(), (length - finished.long()).tolist())]
     return Rollout(tokens=torch.cat([prompt[row_prompt], response], dim=1), prompt_mask=prompt_mask[row_prompt],
                    response=response, mask=mask, logp=torch.where(mask, logp[:, :T], 0.0),
-                   texts=tokenizer.batch_decode(kept, skip_special_tokens=True), finished=finished)
+                   # A special token in mid-answer shows: an answer may not hide tokens from whoever judges its text.
+                   texts=tokenizer.batch_decode(kept, skip_special_tokens=False), finished=finished)
 
 
 def chat(tokenizer, system, text, style):

@@ -2,7 +2,8 @@
 
 Bugs killed here: cache shifted by one, left padding read or counted as positions, another row's prompt, rows mixed up when
 finished ones leave, temperature missing from the recorded log-probability, stop token outside the mask, a zero-probability
-token drawn, draws that depend on who is still alive, an end-of-answer token taken for padding, a prompt that begins twice.
+token drawn, draws that depend on who is still alive, an end-of-answer token taken for padding, a prompt that begins twice,
+special tokens that the verifier does not see.
 """
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers import (LlamaConfig, MinistralConfig, MistralConfig, PreTraine
 
 import policy as policy_module
 import sample as sampling
+from rewards import countdown_reward
 from sample import chat, draw, encode, sample
 
 SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
@@ -101,6 +103,19 @@ def test_an_answer_that_stops_at_once_has_one_token():
     rollout = drawn(policy, tokenizer)
     assert rollout.mask.shape == (12, 1) and rollout.mask.all() and rollout.finished.all()
     assert rollout.texts == [""] * 12, "the stop token is not part of the text"
+
+
+def test_no_sampled_token_is_hidden_from_the_verifier():
+    """Smoothing pays for unlikely tokens: were special ones left out of the text, a right answer could be padded with them."""
+    policy, tokenizer = policy_module.tiny()
+    names = tokenizer.convert_ids_to_tokens(range(policy.config.vocab_size))
+    rollout = drawn(policy, tokenizer, ["4 7 2 9,24="], G=64)
+    assert any(name in text for text in rollout.texts for name in ("<unk>", "<pad>")), "the batch must hold some"
+    for row, text in enumerate(rollout.texts):
+        n = int(rollout.mask[row].sum()) - int(rollout.finished[row])
+        assert text == "".join(names[token] for token in rollout.response[row, :n].tolist()), f"row {row}"
+    assert countdown_reward("2*(9+7-4)", [4, 7, 2, 9], 24) == 1
+    assert countdown_reward("2*(9+7-4)<pad>", [4, 7, 2, 9], 24) == 0
 
 
 def test_without_a_stop_token_every_answer_is_cut():
