@@ -36,6 +36,7 @@ sys.path.insert(0, str(ROOT))
 
 MANY = "--counts 4 --high 9 --targets 1 60"
 TASKS = {"many": MANY, "one": "--counts 3 --high 20 --targets 1 60",
+         # `many` with one thing changed
          "weak": f"{MANY} --warm-steps 200", "fixed": f"{MANY} --fixed-problems 512",
          "groups8": f"{MANY} --prompts 64 --group-size 8", "groups32": f"{MANY} --prompts 16 --group-size 32"}
 
@@ -84,7 +85,7 @@ METHODS = {                                            # regime -> name -> setti
 }
 METHODS["long"] = {
     **{name: METHODS["fast"][name] for name in ("grpo", "diffsmooth+", "bonus .01", "penalty .01", "maxrl", "focal")},
-    "grpo 3e-5": ["--loss grpo --lr 3e-5"],            # small steps, but as many: is it the rate, or the way that was gone?
+    "grpo 3e-5": ["--loss grpo --lr 3e-5"],            # as many steps, but smaller ones
     "diffsmooth+ 3e-5": ["--loss diffsmooth --lr 3e-5"],
 }
 # Steps after which a run is measured; a tuning run only after the last.
