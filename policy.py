@@ -104,10 +104,10 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
 
     def forward(self, x, rope, attend, layer, cache):
-        B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, -1, self.head_dim)                        # (B, T, heads, head_dim)
-        k = self.k_proj(x).view(B, T, -1, self.head_dim)                        # (B, T, kv_heads, head_dim)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+        T, heads = x.shape[1], (-1, self.head_dim)
+        q = self.q_proj(x).unflatten(-1, heads)                                 # (B, T, heads, head_dim)
+        k = self.k_proj(x).unflatten(-1, heads)                                 # (B, T, kv_heads, head_dim)
+        v = self.v_proj(x).unflatten(-1, heads).transpose(1, 2)
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *rope).transpose(1, 2), rotate(k, *rope).transpose(1, 2)   # (B, heads, T, head_dim)
@@ -115,7 +115,7 @@ class Attention(nn.Module):
             k, v = cache.update(layer, k, v)                                    # (B, kv_heads, S, head_dim)
         causal = attend is None and T > 1
         out = F.scaled_dot_product_attention(q, k, v, attend, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
-        return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
+        return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -186,9 +186,9 @@ class Policy(nn.Module):
         """An empty KVCache, for those who are handed a policy and import nothing."""
         return KVCache()
 
-    def stepper(self, cache, rows, mask, room):
+    def stepper(self, cache, mask, room):
         """A Stepper that goes on from prompts read into `cache`: for those who sample, and import nothing."""
-        return Stepper(self, cache, rows, mask, room)
+        return Stepper(self, cache, mask, room)
 
     def forward(self, tokens, mask=None, cache=None):
         """Hidden states of the new tokens, after the last norm: what `head` reads.
@@ -275,25 +275,25 @@ class Stepper:
     head are the rows of one small product. The weights are copies: a Stepper serves one `sample` call.
     """
 
-    def __init__(self, policy, cache, rows, mask, room):
-        """Row i of the batch goes on from prompt rows[i] of `cache`, `room` tokens at most. mask (prompts, P) bool."""
-        config, dtype, B, S = policy.config, policy.dtype, len(rows), cache.length + room
+    def __init__(self, policy, cache, mask, room):
+        """Each row goes on from a prompt in `cache`, `room` tokens at most; `keep` repeats rows. mask (prompts, P) bool."""
+        config, dtype, device, S = policy.config, policy.dtype, policy.device, cache.length + room
         self.eps, self.dtype, self.head_dim = config.rms_norm_eps, dtype, head_dim(config)
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.windows = [None if window is None or window >= S else window for window in policy.windows]
         self.embedding, self.norm = policy.model.embed_tokens.weight, policy.model.norm
         self.head = policy.head if policy.device.type != "cuda" else policy.head.to(dtype)
         self.layers = [fused(block, dtype) for block in policy.model.layers]
-        spread = lambda x: F.pad(x.index_select(0, rows), (0, 0, 0, room)).flatten(0, 1)
-        self.keys, self.values = ([spread(x) for x in xs] for xs in (cache.keys, cache.values))    # (B kv, S, head_dim)
-        angles = torch.arange(S, device=rows.device)[:, None] * policy.inv_freq                     # (S, head_dim / 2)
+        with_room = lambda x: F.pad(x, (0, 0, 0, room)).flatten(0, 1)
+        self.keys, self.values = ([with_room(x) for x in xs] for xs in (cache.keys, cache.values))  # (B kv, S, head_dim)
+        angles = torch.arange(S, device=device)[:, None] * policy.inv_freq                     # (S, head_dim / 2)
         self.cos = torch.cat([angles.cos(), angles.cos()], dim=1).to(dtype)                         # (S, head_dim)
         self.sin = torch.cat([-angles.sin(), angles.sin()], dim=1).to(dtype)
         # What is added to the attention scores: -inf hides padding and slots not yet written.
-        seen = F.pad(mask[rows], (0, room), value=False)[:, None]                                   # (B, 1, S)
+        seen = F.pad(mask, (0, room), value=False)[:, None]                                         # (B, 1, S)
         self.bias = torch.where(seen, 0.0, -math.inf).to(dtype).repeat_interleave(self.kv_heads, 0)     # (B kv, 1, S)
-        self.padding = (~mask[rows]).sum(1)                                     # (B,): positions count real tokens only
-        self.slot = torch.tensor([cache.length], device=rows.device)            # where the next token's keys go
+        self.padding = (~mask).sum(1)                                           # (B,): positions count real tokens only
+        self.slot = torch.tensor([cache.length], device=device)            # where the next token's keys go
 
     def step(self, token, span):
         """Read one token a row, (B,), looking at the first `span` slots -> hidden (B, D), what the head reads."""
@@ -327,8 +327,11 @@ class Stepper:
         return logits_of(*operands(hidden, self.head), temperature)
 
     def keep(self, rows):
-        """Go on with these rows only."""
-        grouped = lambda x: x.view(-1, self.kv_heads, *x.shape[1:]).index_select(0, rows).flatten(0, 1)
+        """Go on with these rows only, any of them once or more."""
+        if torch.equal(rows, torch.arange(len(self.padding), device=rows.device)):
+            return
+        def grouped(x):                                # (B kv, ...) -> (len(rows) kv, ...)
+            return x.view(-1, self.kv_heads, *x.shape[1:]).index_select(0, rows).flatten(0, 1)
         self.keys, self.values = ([grouped(x) for x in xs] for xs in (self.keys, self.values))
         self.bias, self.padding = grouped(self.bias), self.padding[rows]
 

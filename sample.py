@@ -1,9 +1,9 @@
 """How y is drawn: batched sampling with a key-value cache.
 
-Each prompt is read once and its keys and values are handed to the G answers of its group. Then one token per row and step,
-drawn from the full softmax at `temperature`: no top-k, no top-p, no penalty, because training scores what was sampled, and
-a truncated distribution would make that score wrong. The log-probability of each token is taken from the very logits that
-it was drawn from.
+Each prompt is read once and its keys and values are handed to the G answers of its group. Then one token per answer and
+step, drawn from the full softmax at `temperature`: no top-k, no top-p, no penalty, because training scores what was sampled,
+and a truncated distribution would make that score wrong. The log-probability of each token is taken from the very logits
+that it was drawn from. On a CPU, answers to a prompt go through the model as one for as long as they say the same.
 
 Letters: B rows = prompts x G, the rows of one prompt contiguous; P prompt length; T response length; V vocabulary.
 
@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-LOOK_EVERY = 8                # steps between two looks at which rows have ended: each look makes the host wait for a GPU
+SHARING = ("cpu",)            # devices on which answers that say the same so far share a row; elsewhere the host would wait
+LOOK_EVERY = 8                # for it, and it looks only this often at which answers have ended
 SPAN = 256                    # on a GPU attention reads the cache up to the next multiple of this
 
 
@@ -44,19 +45,19 @@ def sample(policy, tokenizer, prompts, group_size, max_new_tokens, temperature=1
     if P + max_new_tokens > context:
         raise ValueError(f"a prompt of {P} tokens and {max_new_tokens} new ones exceed the model's context of {context}.")
 
-    # Read each prompt once; its G rows start from copies of its keys and values and of its last hidden state.
+    # Read each prompt once; its G answers start from its keys and values and from its last hidden state.
     row_prompt = torch.arange(len(prompts), device=device).repeat_interleave(group_size)    # (B,)
     cache, B = policy.new_cache(), len(row_prompt)
     padded = not prompt_mask.all()                     # prompts of one length need no attention mask at all
     hidden = policy(prompt, prompt_mask if padded else None, cache)[:, -1]      # (prompts, D)
-    stepper = policy.stepper(cache, row_prompt, prompt_mask, room=max_new_tokens)
+    stepper = policy.stepper(cache, prompt_mask, room=max_new_tokens)
 
     # All draws are made here, one uniform a token, so what a row says does not depend on which rows are still alive.
     uniform = torch.rand(max_new_tokens, B, generator=generator, device=device)
     response = torch.zeros(B, max_new_tokens, dtype=torch.int64, device=device)
     logp = torch.zeros(B, max_new_tokens, device=device)
     length = torch.full((B,), max_new_tokens, device=device)                    # until a stop token says otherwise
-    alive = torch.arange(B, device=device)             # the rows still stepped; finished ones leave at the next look
+    alive = torch.arange(B, device=device)             # the rows still going
     token, t = torch.zeros_like(alive), torch.zeros(1, dtype=torch.int64, device=device)
 
     def pick(hidden):
@@ -70,22 +71,34 @@ def sample(policy, tokenizer, prompts, group_size, max_new_tokens, temperature=1
         t.add_(1)
 
     pick(hidden[row_prompt])
-    replay, span = None, 0
-    for done in range(1, max_new_tokens):
-        if done % LOOK_EVERY == 0:
+    if device.type in SHARING:
+        said = row_prompt                              # (alive,): the stepper's row that has said what this answer has
+        for done in range(1, max_new_tokens):
             going = (length[alive] > done).nonzero()[:, 0]
             if len(going) == 0:
                 break
-            if len(going) < 0.8 * len(alive):          # drop finished rows where it pays for the copy
-                alive, token, replay = alive[going], token[going], None
-                stepper.keep(going)
-        if device.type == "cuda" and not any(stepper.windows):
-            if replay is None or P + done > span:      # a graph has fixed shapes: a new one for more slots or fewer rows
-                span = min(P + max_new_tokens, -(-(P + done) // SPAN) * SPAN)
-                replay = capture(lambda: pick(stepper.step(token, span)), (token, t, stepper.slot))
-            replay()
-        else:
-            pick(stepper.step(token, P + done))
+            alive, token = alive[going], token[going]
+            paths, said = torch.unique(said[going] * len(policy.head) + token, return_inverse=True)
+            stepper.keep(paths // len(policy.head))
+            pick(stepper.step(paths % len(policy.head), P + done)[said])
+    else:
+        stepper.keep(row_prompt)                       # a row for each answer from the start, so that shapes are fixed
+        replay, span = None, 0
+        for done in range(1, max_new_tokens):
+            if done % LOOK_EVERY == 0:
+                going = (length[alive] > done).nonzero()[:, 0]
+                if len(going) == 0:
+                    break
+                if len(going) < 0.8 * len(alive):      # drop finished rows where it pays for the copy
+                    alive, token, replay = alive[going], token[going], None
+                    stepper.keep(going)
+            if device.type == "cuda" and not any(stepper.windows):
+                if replay is None or P + done > span:  # a graph has fixed shapes: a new one for more slots or fewer rows
+                    span = min(P + max_new_tokens, -(-(P + done) // SPAN) * SPAN)
+                    replay = capture(lambda: pick(stepper.step(token, span)), (token, t, stepper.slot))
+                replay()
+            else:
+                pick(stepper.step(token, P + done))
 
     T = int(length.max())
     mask = torch.arange(T, device=device) < length[:, None]                     # (B, T)

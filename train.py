@@ -55,28 +55,32 @@ FREE = ("steps", "lr", "micro_batch", "rows", "save_every", "show_every", "eval_
 def score(policy, rollout, rows, group_size, temperature):
     """Log-probability and entropy of the rows' sampled tokens -> two (len(rows), T) fp32, 0 off the mask; differentiable.
 
-    Each prompt is read once, and the answers of its group attend to its keys and values. Rows go through the model in
-    buckets of like length, so that little padding is computed. Padding never reaches the head.
+    Each prompt is read once, and the answers of its group attend to its keys and values; an answer that was given several
+    times is read once, too. Answers go through the model in buckets of like length, so that little padding is computed.
+    Padding never reaches the head.
     """
     group, row_prompt = torch.unique(rows // group_size, return_inverse=True)   # row_prompt: index into the prompts here
-    P, T = rollout.prompt_mask.shape[1], rollout.mask.shape[1]
+    P = rollout.prompt_mask.shape[1]
     prompt, prompt_mask = rollout.tokens[group * group_size, :P], rollout.prompt_mask[group * group_size]
     padded, cache = not prompt_mask.all(), policy.new_cache()
     last = policy(prompt, prompt_mask if padded else None, cache)[:, -1]        # (prompts, D) predicts first tokens
+    said = torch.where(rollout.mask[rows], rollout.response[rows], -1)          # (rows, T)
+    said, answer = torch.unique(torch.cat([row_prompt[:, None], said], dim=1), dim=0, return_inverse=True)
+    row_prompt, response, mask = said[:, 0], said[:, 1:].clamp(min=0), said[:, 1:] >= 0     # of the different answers
     hidden, target, place = [], [], []
-    for bucket in rollout.mask[rows].sum(1).argsort(descending=True).chunk(BUCKETS):    # indices into `rows`, longest first
-        longest = int(rollout.mask[rows[bucket[0]]].sum())
-        response, mask = rollout.response[rows[bucket], :longest], rollout.mask[rows[bucket], :longest]
-        fed = response[:, :max(1, longest - 1)]        # the last token is only predicted; never an empty forward
+    # As many buckets for 16 like answers as for 16 different ones (some are empty): sharded processes forward alike.
+    for bucket in mask.sum(1).argsort(descending=True).tensor_split(min(BUCKETS, len(rows))):    # indices, longest first
+        longest = int(mask[bucket].any(0).sum())
+        fed = response[bucket, :max(1, longest - 1)]   # the last token is only predicted; never an empty forward
         seen = F.pad(prompt_mask[row_prompt[bucket]], (0, fed.shape[1]), value=True) if padded else None
         later = policy(fed, seen, cache.select(row_prompt[bucket]))[:, :longest - 1]    # (bucket, longest - 1, D)
-        hidden.append(torch.cat([last[row_prompt[bucket], None], later], dim=1)[mask])  # (tokens, D)
-        target.append(response[mask])
-        row, column = mask.nonzero(as_tuple=True)
+        row, column = mask[bucket, :longest].nonzero(as_tuple=True)
+        hidden.append(torch.cat([last[row_prompt[bucket], None], later], dim=1)[row, column])   # (tokens, D)
+        target.append(response[bucket[row], column])
         place.append(torch.stack([bucket[row], column]))
     row, column = torch.cat(place, dim=1)
     flat = token_logprobs(torch.cat(hidden), policy.head, torch.cat(target), temperature)
-    return [torch.zeros(len(rows), T, device=rows.device).index_put((row, column), values) for values in flat]
+    return [torch.zeros(mask.shape, device=rows.device).index_put((row, column), values)[answer] for values in flat]
 
 
 def train_step(policy, optimizer, rollout, rewards, loss_fn, group_size, *, temperature=1.0, micro_batch=None,

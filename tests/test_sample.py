@@ -72,14 +72,31 @@ def test_other_prompts_in_the_batch_change_nothing(family):
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mistral"])
 def test_dropping_finished_rows_changes_no_token(monkeypatch, family):
     policy, tokenizer = build(family)
-    kept = {}
+    kept = {"sharing": drawn(policy, tokenizer)}
+    monkeypatch.setattr(sampling, "SHARING", ())       # as on a GPU
     for every in (1, 3, 1000):
         monkeypatch.setattr(sampling, "LOOK_EVERY", every)
         kept[every] = drawn(policy, tokenizer)
     assert (kept[1].mask.sum(1) < 5).sum() > 2, "some rows must end early"
+    assert torch.equal(kept["sharing"].response, kept[1000].response), "sharing rows changed a token"
+    assert torch.allclose(kept["sharing"].logp, kept[1000].logp, atol=1e-5)
     for every in (1, 3):
         assert torch.equal(kept[every].response, kept[1000].response), f"looking every {every} steps changed a token"
         assert torch.allclose(kept[every].logp, kept[1000].logp, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_what_was_said_alike_is_read_once(monkeypatch, family):
+    """The model reads as many rows as there are different beginnings among the answers still going, and not one more."""
+    policy, tokenizer = build(family)
+    step, rows = policy_module.Stepper.step, []
+    monkeypatch.setattr(policy_module.Stepper, "step", lambda self, token, span: rows.append(len(token)) or step(self, token, span))
+    rollout = drawn(policy, tokenizer, G=32, temperature=0.5)
+    length = rollout.mask.sum(1).tolist()
+    read = [len({(row // 32, *rollout.response[row, :t].tolist()) for row in range(96) if length[row] > t})
+            for t in range(1, max(length))]
+    assert rows == read, f"rows read by step {rows}, different beginnings {read}"
+    assert rows[0] < 60, "the batch must hold beginnings in common"
 
 
 def test_mask_ends_with_the_first_stop_token():

@@ -79,6 +79,38 @@ def test_score_is_the_definition(temperature):
     assert torch.allclose(ours, rollout.logp, atol=1e-5), "what is scored is not what was sampled"
 
 
+def said_alike(rollout):
+    """Rows 1-3 answer what row 0 does; row 5 answers another prompt so; row 6 begins like it and is cut; all 8-11 differ."""
+    rollout = train.take(rollout, torch.arange(len(rollout.mask)))
+    for row in (1, 2, 3, 5, 6):
+        rollout.response[row], rollout.mask[row] = rollout.response[0], rollout.mask[0]
+    rollout.mask[6, 2:] = False
+    return rollout
+
+
+def test_an_answer_given_several_times_is_read_once_and_counts_as_often(monkeypatch):
+    policy, tokenizer = small()
+    rollout = said_alike(rollout_of(policy, tokenizer, 0.7))
+    assert rollout.mask[0].sum() > 2 and len({tuple(ids) for ids in rollout.response[8:].tolist()}) == 4
+    assert rollout.response[4, 0] != rollout.response[0, 0] and rollout.response[7, 0] != rollout.response[0, 0]
+    forward, read = policy_module.Policy.forward, []
+    monkeypatch.setattr(policy_module.Policy, "forward",
+                        lambda self, tokens, *rest: read.append(len(tokens)) or forward(self, tokens, *rest))
+    ours = train.score(policy, rollout, torch.arange(12), G, 0.7)
+    assert sum(read) == 3 + 9, f"3 prompts and 9 different answers were read as {read}"
+    naive = naive_score(policy, rollout, 0.7)
+    weight = torch.randn(12, rollout.mask.shape[1], generator=torch.Generator().manual_seed(0))     # each copy has its own
+    gradients = []
+    for mine, theirs in zip(ours, naive):
+        assert torch.allclose(mine, theirs, atol=1e-5), f"off by {(mine - theirs).abs().max():.1e}"
+    for scored in (ours, naive):
+        policy.zero_grad()
+        sum((x * weight).sum() for x in scored).backward()
+        gradients.append(gradient(policy))
+    ours, naive = gradients
+    assert naive.norm() > 1 and (ours - naive).norm() < 1e-5 * naive.norm(), "the gradient is not the sum over the copies"
+
+
 @pytest.mark.parametrize("loss", [SMOOTH, BONUS, losses.sft], ids=["diffsmooth", "entropy", "sft"])
 @pytest.mark.parametrize("micro_batch", [None, 1, 3, 5, 12])
 def test_any_micro_batch_gives_the_plain_gradient(loss, micro_batch):
@@ -138,6 +170,7 @@ torch.distributed.init_process_group("gloo")
 torch.set_num_threads(1)
 policy, tokenizer = t.small()
 rollout = t.rollout_of(policy, tokenizer, 0.7, ("4 7 2 9,24=", "1 1,2=", "3 9 9,7=", "2 2,4="))
+rollout.response[9:12], rollout.mask[9:12] = rollout.response[8], rollout.mask[8]     # one process has few different answers
 rewards = torch.tensor([1., 0, 0, 1, 0, 0, 0, 1, 1, 1, 1, 1, 0, 0, 1, 0])
 mine = torch.arange(16).chunk(train.world())[train.rank()]
 if train.world() > 1:

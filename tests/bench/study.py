@@ -14,8 +14,9 @@ the steps of `long`, and more methods.
 Everything is run on fresh seeds and measured on other held-out problems, at temperature 1 and 0.7, and on the way, so that
 methods can be compared at equal Pass@1.
 
-Two runs go side by side, one thread each. A run that is finished is one file in OUT/results; a kill loses nothing: the same
-command goes on, within the run by train.py --resume. One run by hand:
+Two runs go side by side, one thread each. A run that is finished is one line of --results, by default study.json beside this
+script, and is not made again: what others have measured is continued, and `--results mine.json` repeats it all. A kill loses
+nothing: the same command goes on, within a run by train.py --resume. One run by hand:
 
     python train.py --counts 3 --high 20 --targets 1 60 --base one --loss diffsmooth --seed 1 --name mine
 """
@@ -24,9 +25,10 @@ import contextlib
 import json
 import os
 import random
+import re
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -113,8 +115,8 @@ def problems_of(task, part):
     return problems
 
 
-def counts(model, task, part, n, temperature):
-    """Evaluate a model folder -> {"n", "c", "distinct", "sigma"}, a list over problems each."""
+def measure(model, task, part, n, temperature):
+    """Evaluate a model folder -> {"c": correct answers of n, a list over problems, "distinct", "sigma": means over them}."""
     import torch
     import eval as evaluation
     import policy as policy_module
@@ -124,90 +126,108 @@ def counts(model, task, part, n, temperature):
     judge = evaluation.make_task(flags, tokenizer)
     records = evaluation.evaluate(policy, tokenizer, judge, problems_of(judge, part), n, flags.max_new_tokens, temperature,
                                   torch.Generator().manual_seed(0))
-    return {"n": n} | {key: [r[key] for r in records] for key in ("c", "distinct", "sigma")}
+    mean = lambda key: round(float(np.mean([r[key] for r in records if r[key] is not None] or [np.nan])), 3)
+    return {"c": [r["c"] for r in records], "distinct": mean("distinct"), "sigma": mean("sigma")}
 
 
-def start(out, task):
-    """The base of a task and its own measurement, made once."""
+def on_the_way(model, task):
+    """Pass@1, 2, 4 .. 64 on the validation problems."""
+    c = measure(model, task, "validation", SAMPLES_ON_THE_WAY, 1.0)["c"]
+    return pass_curve(c, SAMPLES_ON_THE_WAY, KS[:7]).mean(0).round(2).tolist()
+
+
+def in_the_end(model, task):
+    return {str(temperature): measure(model, task, "test", SAMPLES, temperature) for temperature in (1.0, 0.7)}
+
+
+def start(out, task, results):
+    """The base of a task, made once, and its own measurement."""
     import torch
     import train
     torch.set_num_threads(os.cpu_count())
     flags = train.parse([*TASKS[task].split(), "--out", str(out / task)])
     _, tokenizer, model = train.start_policy(flags, "cpu", torch.float32)
-    if not result(out, task, "base").is_file():
+    if base_of(task) not in results:
         judge = train.make_task(flags, tokenizer)
-        save(result(out, task, "base"), {"multiplicity": [len(judge.solutions(x)) for x in problems_of(judge, "test")],
-                                         "path": [[0, counts(model, task, "validation", SAMPLES_ON_THE_WAY, 1.0)]],
-                                         "test": {str(t): counts(model, task, "test", SAMPLES, t) for t in (1.0, 0.7)}})
+        results[base_of(task)] = {"multiplicity": [len(judge.solutions(x)) for x in problems_of(judge, "test")],
+                                  "path": [[0, on_the_way(model, task)]], "test": in_the_end(model, task)}
 
 
-def one(out, task, regime, method, setting, seed):
-    """One run from wherever it is to its results file. Seed 0 is for tuning: it is never measured on the test problems."""
+def one(out, task, regime, flags, seed):
+    """One run from wherever it is -> (its name, its result). Seed 0 is for tuning: the test problems are not for it."""
     import torch
     import train
     torch.set_num_threads(1)
-    chosen, name = METHODS[regime][method][setting], name_of(regime, method, setting, seed)
-    flags = f"{chosen} {TASKS[task]} --seed {seed} --eval-problems 0".split()
-    place, path, began = out / task / name, [], time.time()
-    partial = place / "path.json"
+    name, began = name_of(task, regime, flags, seed), time.time()
+    place = out / task / re.sub(r"[^\w.+-]+", "_", name)
+    partial, path = place / "path.json", []
     if partial.is_file():
         path = json.loads(partial.read_text())
-    with open(out / task / f"{name}.log", "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+    with open(f"{place}.log", "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         for step in (STAGES[regime] if seed else STAGES[regime][-1:])[len(path):]:
             more = ["--resume"] if (place / "flags.json").is_file() else []
-            code = train.main([*flags, "--out", str(out / task), "--name", name, "--steps", str(step), *more])
+            code = train.main([*f"{flags} {TASKS[task]} --seed {seed} --eval-problems 0 --steps {step}".split(),
+                               "--out", str(out / task), "--name", place.name, *more])
             if code >= 128 or os.getppid() == 1:       # a signal, or the study is gone: this process takes no further run
                 os._exit(code)
             if code:
-                raise RuntimeError(f"{name} on {task} ended with exit code {code}: see {log.name}")
-            path.append([step, counts(place / "model", task, "validation", SAMPLES_ON_THE_WAY, 1.0)])
-            save(partial, path)
-        test = {str(t): counts(place / "model", task, "test", SAMPLES, t) for t in (1.0, 0.7)} if seed else None
-    save(result(out, task, name), {"flags": " ".join(flags), "path": path, "test": test, "seconds": time.time() - began})
-    return f"{task}, {regime}: {chosen}, seed {seed}: {time.time() - began:.0f} s"
+                raise RuntimeError(f"'{name}' ended with exit code {code}: see {log.name}")
+            path.append([step, on_the_way(place / "model", task)])
+            write(partial, json.dumps(path))
+        result = {"path": path, "test": in_the_end(place / "model", task)} if seed else {"score": round(np.mean(path[-1][1]), 2)}
+    return name, result | {"seconds": round(time.time() - began)}
 
 
-def name_of(regime, method, setting, seed):
-    return f"{regime}-{method.replace(' ', '_')}-{setting}-s{seed}"
+def name_of(task, regime, flags, seed):
+    return f"{task}, {regime}: {flags}, seed {seed}"
 
 
-def result(out, task, name):
-    return out / "results" / f"{task}-{name}.json"
+def base_of(task):
+    return f"{task}: base"
 
 
-def save(file, value):
-    import eval as evaluation
-    evaluation.write_json(file, value)
+def read(file):
+    return json.loads(file.read_text()) if file.is_file() else {}
 
 
-def load(file):
-    return json.loads(file.read_text()) if file.is_file() else None
+def save(file, results):
+    """One line a run, so that a further run is a further line."""
+    write(file, "{\n" + ",\n".join(f"{json.dumps(name)}: {json.dumps(results[name])}" for name in sorted(results)) + "\n}\n")
+
+
+def write(file, text):
+    """Aside, then renamed: the file is there whole or not at all."""
+    aside = file.with_name(file.name + ".tmp")
+    aside.write_text(text)
+    os.replace(aside, file)
 
 
 # -------------------------------------------------------------------------------------------------------------- measuring
 
-def pass_curve(measured, ks=KS):
+def pass_curve(c, n, ks):
     """(problems, len(ks)) Pass@k in percent."""
     from eval import pass_at_k
-    return np.array([[100 * pass_at_k(measured["n"], c, k) for k in ks] for c in measured["c"]])
+    return np.array([[100 * pass_at_k(n, correct, k) for k in ks] for correct in c])
 
 
-def choose(out, task, regime, method):
-    """The setting with the highest mean of Pass@1 .. 64 on validation after the last step -> (setting, [scores]); None before
+def choose(results, task, regime, method):
+    """The setting with the highest mean of Pass@1 .. 64 on validation after the last step -> (flags, [scores]); None before
     all were tried. A single one needs no trial."""
     settings = METHODS[regime][method]
     if len(settings) == 1:
-        return 0, []
-    tuned = [load(result(out, task, name_of(regime, method, setting, 0))) for setting in range(len(settings))]
+        return settings[0], []
+    tuned = [results.get(name_of(task, regime, flags, 0)) for flags in settings]
     if None in tuned:
         return None
-    scores = [pass_curve(run["path"][-1][1], KS[:7]).mean() for run in tuned]
-    return int(np.argmax(scores)), scores
+    scores = [run["score"] for run in tuned]
+    return settings[int(np.argmax(scores))], scores
 
 
-def trials(out, task, regime, method):
-    """The settings to be tried on seed 0."""
-    return range(len(METHODS[regime][method])) if len(METHODS[regime][method]) > 1 else ()
+def settings_of(results, task, regime, method, seed):
+    """What a method is to be run with: on seed 0 each of several settings, on another seed the one that was chosen."""
+    if seed:
+        return [choose(results, task, regime, method)[0]]
+    return METHODS[regime][method] if len(METHODS[regime][method]) > 1 else []
 
 
 def interval(differences, resamples=4000):
@@ -252,15 +272,14 @@ def chart(title, x_label, x, y_label, lines):
     print("```")
 
 
-def print_study(out, task, regime, methods, seeds):
-    base = load(result(out, task, "base"))
-    choice = {method: choose(out, task, regime, method) for method in methods}
+def print_study(results, task, regime, methods, seeds):
+    base = results[base_of(task)]
+    choice = {method: choose(results, task, regime, method) for method in methods}
     choice = {method: chosen for method, chosen in choice.items() if chosen}
     runs = {"base": {0: base}}                         # method -> {seed: what it gave}, as far as they are finished
-    for method, (setting, _) in choice.items():
-        found = {seed: load(result(out, task, name_of(regime, method, setting, seed))) for seed in seeds}
+    for method, (flags, _) in choice.items():
+        found = {seed: results.get(name_of(task, regime, flags, seed)) for seed in seeds}
         runs |= {method: {seed: run for seed, run in found.items() if run}} if any(found.values()) else {}
-    mean = lambda measure, some: np.mean([measure(run) for run in some], 0)
     solutions = np.array(base["multiplicity"])
     single = 100 * (solutions == 1).mean()
     print(f"\n## {task}, {regime}: solution multiplicity {solutions.mean():.2f}, {single:.0f} % with one solution")
@@ -268,36 +287,36 @@ def print_study(out, task, regime, methods, seeds):
     table("Settings (with the mean of Pass@1 .. Pass@64 on validation problems, seed 0), and the one that is kept",
           ["method", "tried", "kept"],
           [[method, "; ".join(f"{flags} ({score:.1f})" for flags, score in zip(METHODS[regime][method], scores)) or "no other",
-            METHODS[regime][method][setting]] for method, (setting, scores) in choice.items()])
+            flags] for method, (flags, scores) in choice.items()])
 
     for temperature in ("1.0", "0.7"):
         tests = {method: [run["test"][temperature] for run in some.values()] for method, some in runs.items()}
-        curves = {method: np.array([pass_curve(test) for test in some]) for method, some in tests.items()}
-        sigma = lambda test: np.mean([s for s in test["sigma"] if s is not None] or [np.nan])
-        table(f"Temperature {temperature}: mean ± sd over seeds, {len(solutions)} test problems, {SAMPLES} samples",
+        curves = {method: np.array([pass_curve(test["c"], SAMPLES, KS) for test in some]) for method, some in tests.items()}
+        table(f"Temperature {temperature}: mean ± sd over seeds, {len(solutions)} test problems, {SAMPLES} samples; Pass@1 is C",
               ["method", "seeds", *(f"Pass@{k}" for k in KS), "distinct", "sigma"],
               [[method, len(some), *(mean_sd(curve) for curve in curves[method].mean(1).T),       # (seeds, problems, ks)
-                mean_sd([np.mean(test["distinct"]) for test in some]), mean_sd([sigma(test) for test in some], 2)]
+                mean_sd([test["distinct"] for test in some]), mean_sd([test["sigma"] for test in some], 2)]
                for method, some in tests.items()])
         if "grpo" not in runs:
             continue
         # A seed draws the same training problems for every method: grpo counts with the seeds of the other (all, for the base).
         shared = {method: [seed in some for seed in runs["grpo"]] for method, some in runs.items()}
         rival = {method: curves["grpo"][mask if any(mask) else slice(None)] for method, mask in shared.items()}
-        every = lambda test: pass_curve(test, range(1, SAMPLES + 1)).mean(0)
+        every = lambda some: np.mean([pass_curve(test["c"], SAMPLES, range(1, SAMPLES + 1)).mean(0) for test in some], 0)
         against = [KS.index(k) for k in (1, 4, 16, 64, 128)]
         table(f"Temperature {temperature}: minus grpo of the same seeds, 95 % paired bootstrap over problems",
               ["method", *(f"Pass@{KS[i]}" for i in against), "k for grpo's Pass@64"],
               [[method, *(interval((curves[method].mean(0) - rival[method].mean(0))[:, i]) for i in against),
-                samples_for(mean(every, tests[method]), rival[method][:, :, KS.index(64)].mean())]
+                samples_for(every(tests[method]), rival[method][:, :, KS.index(64)].mean())]
                for method in runs if method != "grpo"])
         if temperature == "1.0":
             chart(f"{task}, {regime}: Pass@k at temperature 1", "k", KS, "Pass@k (%)",
                   {method: curves[method].mean((0, 1)) for method in IN_FIGURES if method in runs})
 
-    start = pass_curve(base["path"][0][1], (1, 64)).mean(0)
-    points = lambda run: [pass_curve(measured, (1, 64)).mean(0) for _, measured in run["path"]]
-    path = {method: [start, *mean(points, some.values())] for method, some in runs.items() if method != "base"}
+    points = lambda run: [(curve[0], curve[-1]) for _, curve in run["path"]]                      # Pass@1 and Pass@64
+    start = points(base)[0]
+    path = {method: [start, *np.mean([points(run) for run in some.values()], 0)]
+            for method, some in runs.items() if method != "base"}
     levels = LEVELS.get(task, (20, 25, 30))
     table("The way there: Pass@1 / Pass@64 on validation problems, mean over seeds; then Pass@64 where Pass@1 is first reached",
           ["method", *(f"step {step}" for step in (0, *STAGES[regime])), *(f"Pass@1 = {level}" for level in levels)],
@@ -317,26 +336,32 @@ def main():
     parser.add_argument("--regimes", nargs="+", choices=METHODS, default=["long", "slow"])
     parser.add_argument("--methods", nargs="+", choices=every, default=every)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3, 4, 5])
-    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "study")
+    parser.add_argument("--results", type=Path, default=Path(__file__).with_suffix(".json"))
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "study", help="where the runs are")
     parser.add_argument("--only-print", action="store_true")
     args = parser.parse_args()
     if 0 in args.seeds:
         parser.error("seed 0 is for tuning: --seeds takes others.")
-    rows = [(args.out, task, regime, method) for regime in args.regimes for task in args.tasks
+    results = read(args.results)
+    rows = [(task, regime, method) for regime in args.regimes for task in args.tasks
             for method in args.methods if method in METHODS[regime]]
     if not args.only_print:
         for task in args.tasks:
-            start(args.out, task)
+            start(args.out, task, results)
+            save(args.results, results)
         with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
             for seed in (0, *args.seeds):              # a study that is cut short has the same seeds of every method
-                jobs = [(*row, setting, seed) for row in rows for setting in (trials(*row) if seed == 0 else choose(*row)[:1])]
-                waiting = [pool.submit(one, *job) for job in jobs if not result(*job[:2], name_of(*job[2:])).is_file()]
-                for future in waiting:
-                    print(future.result(), flush=True)
+                jobs = [(*row[:2], flags, seed) for row in rows for flags in settings_of(results, *row, seed)]
+                waiting = [pool.submit(one, args.out, *job) for job in jobs if name_of(*job) not in results]
+                for future in as_completed(waiting):
+                    name, result = future.result()
+                    results[name] = result
+                    save(args.results, results)
+                    print(f"{name}: {result['seconds']} s", flush=True)
     for regime in args.regimes:
         for task in args.tasks:
-            if result(args.out, task, "base").is_file():
-                print_study(args.out, task, regime, [m for m in args.methods if m in METHODS[regime]], args.seeds)
+            if base_of(task) in results:
+                print_study(results, task, regime, [m for m in args.methods if m in METHODS[regime]], args.seeds)
 
 
 if __name__ == "__main__":
