@@ -65,7 +65,8 @@ def score(policy, rollout, rows, group_size, temperature):
     padded, cache = not prompt_mask.all(), policy.new_cache()
     last = policy(prompt, prompt_mask if padded else None, cache)[:, -1]        # (prompts, D) predicts first tokens
     said = torch.where(rollout.mask[rows], rollout.response[rows], -1)          # (rows, T)
-    said, answer = torch.unique(torch.cat([row_prompt[:, None], said], dim=1), dim=0, return_inverse=True)
+    said = torch.cat([row_prompt[:, None], said], dim=1).cpu()                  # not every device can compare rows
+    said, answer = (x.to(rows.device) for x in torch.unique(said, dim=0, return_inverse=True))
     row_prompt, response, mask = said[:, 0], said[:, 1:].clamp(min=0), said[:, 1:] >= 0     # of the different answers
     hidden, target, place = [], [], []
     # As many buckets for 16 like answers as for 16 different ones (some are empty): sharded processes forward alike.
