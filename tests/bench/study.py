@@ -29,6 +29,7 @@ import re
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -187,7 +188,8 @@ def base_of(task):
 
 
 def read(file):
-    return json.loads(file.read_text()) if file.is_file() else {}
+    import policy as policy_module
+    return policy_module.read(file, lambda: json.loads(file.read_text())) if file.is_file() else {}
 
 
 def save(file, results):
@@ -365,4 +367,11 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (KeyboardInterrupt, BrokenProcessPool):     # Ctrl-C reaches the runs first, and they save
+        print("stopped; the same command goes on from here.", file=sys.stderr)
+        sys.exit(130)
+    except (RuntimeError, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
