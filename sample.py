@@ -72,15 +72,15 @@ def sample(policy, tokenizer, prompts, group_size, max_new_tokens, temperature=1
 
     pick(hidden[row_prompt])
     if device.type in SHARING:
-        said = row_prompt                              # (alive,): the stepper's row that has said what this answer has
+        said, V = row_prompt, len(policy.head)         # said (alive,): the stepper's row that has said what this answer has
         for done in range(1, max_new_tokens):
             going = (length[alive] > done).nonzero()[:, 0]
             if len(going) == 0:
                 break
             alive, token = alive[going], token[going]
-            paths, said = torch.unique(said[going] * len(policy.head) + token, return_inverse=True)
-            stepper.keep(paths // len(policy.head))
-            pick(stepper.step(paths % len(policy.head), P + done)[said])
+            paths, said = torch.unique(said[going] * V + token, return_inverse=True)    # (different,), (alive,)
+            stepper.keep(paths // V)
+            pick(stepper.step(paths % V, P + done)[said])
     else:
         stepper.keep(row_prompt)                       # a row for each answer from the start, so that shapes are fixed
         replay, span = None, 0
