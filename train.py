@@ -377,6 +377,7 @@ def parse(argv):
     flag("--updates", type=int, default=1, help="optimiser steps a rollout, each on its share of the prompts")
     flag("--lr", type=float, default=1e-4)
     flag("--warmup", type=int, default=10, help="steps over which the learning rate rises to --lr")
+    flag("--schedule", choices=["linear", "constant"], default="linear", help="then it falls to 0 at --steps, or stays")
     flag("--grad-clip", type=float, default=1.0, help="largest gradient norm")
     flag("--micro-batch", type=int, default=0, help="rows in one forward and backward: lower it when memory runs out; 0: all")
     flag("--base", default="base", help="the warm-started policy, made once as runs/BASE")
@@ -489,8 +490,10 @@ def open_run(folder, args):
         for key, now in (before | vars(args)).items():
             if before.get(key) != now and key not in FREE:
                 raise ValueError(f"--resume goes on with the run's own flags, but {key} was {before.get(key)} and is {now} now.")
-        if before.get("lr") != args.lr:
-            print(f"lr was {before.get('lr')} and is {args.lr} from here on.")
+        for key in ("lr", "steps"):
+            if before.get(key) != getattr(args, key):
+                print(f"{key} was {before.get(key)} and is {getattr(args, key)} from here on"
+                      + (", and the learning rate falls to 0 there." if key == "steps" and args.schedule == "linear" else "."))
     elif args.resume:
         raise ValueError(f"there is no run to resume in '{folder}': without --resume it is started.")
     elif folder.exists() and {file.name for file in folder.iterdir()} - {"lock", "flags.json.tmp"}:
@@ -587,7 +590,7 @@ def run(argv=None):
 
         # Loss and update; the first of several updates a rollout is on-policy, the rest are not.
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * min(1, step / max(1, args.warmup))
+            group["lr"] = learning_rate(step, args)
         step_fn = functools.partial(train_step, policy, optimizer, loss_fn=loss_fn, group_size=args.group_size,
                                     temperature=args.temperature, micro_batch=args.micro_batch, grad_clip=args.grad_clip)
         every = torch.arange(len(rewards), device=policy.device)
@@ -606,6 +609,7 @@ def run(argv=None):
             tqdm.write(complain(step, stats, rollout, rows))
         line = facts_of(step, task, problems, rollout, rewards, args) | {
             key: value for key, value in stats.items() if not key.startswith("bad")}
+        line["lr"] = optimizer.param_groups[0]["lr"]
         line |= timing(rollout, sampled - began, time.time() - sampled, policy.device)
         if rank() == 0:
             write_line(log, line)
@@ -627,6 +631,14 @@ def run(argv=None):
     if args.eval_problems and rank() == 0:
         compare(start, folder, tokenizer, judge, exam, args, device, dtype)
     return 0
+
+
+def learning_rate(step, args):
+    """Step 1, 2, ... -> the rate of that step: --lr is reached after --warmup steps, and then falls in a straight line that
+    would be 0 one step after the last. lr 1, warmup 2, steps 5: 0.5, 1, 0.75, 0.5, 0.25."""
+    rise = step / max(1, args.warmup)
+    fall = (args.steps + 1 - step) / max(1, args.steps + 1 - args.warmup) if args.schedule == "linear" else 1.0
+    return args.lr * min(1.0, rise, fall)
 
 
 def score_all(policy, rollout, args):
