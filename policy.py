@@ -30,6 +30,7 @@ try:                                                   # comes with a torch that
 except ImportError:
     triton = None
 
+BUCKETS = 4                   # groups of like answer length in one forward pass of `score`
 FAMILIES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
             "mistral": "MistralForCausalLM", "ministral": "MinistralForCausalLM"}
 
@@ -259,11 +260,49 @@ def allowed(mask, T, S, window, device):
     return ok | (key == query)                         # a padded query reads itself: no empty softmax, no NaN
 
 
-# ------------------------------------------------------------------------------------------- log-probability of a token
+# ------------------------------------------------------------------ the log-probability of an answer
 
-# Per device: logits up to the first number of bytes are kept for the backward pass, larger ones are computed again.
-# They are made a tile at a time; a tile has the second number of bytes (a CPU's cache) and at least the third of rows.
-MEMORY = {"cpu": (256 << 20, 1 << 20, 512), "cuda": (4 << 30, 256 << 20, 8192)}
+def score(policy, rollout, rows, group_size, temperature):
+    """log pi(y|x): log-probability and entropy of the sampled tokens of `rows` (an index tensor) of
+    a sample.Rollout -> two (len(rows), T) fp32, 0 off the mask; differentiable.
+
+    By definition one forward pass of each prompt with its answer. Here each prompt is read once, and
+    the answers of its group attend to its keys and values; an answer that was given several times
+    is read once, too. Answers go through the model in buckets of like length, so that little padding
+    is computed, and padding never reaches the head.
+    """
+    # The prompts of these rows, each once; prompt_of (rows,) says which one a row answers.
+    group, prompt_of = torch.unique(rows // group_size, return_inverse=True)
+    P, first = rollout.prompt_mask.shape[1], group * group_size             # a row of each group
+    prompt, prompt_mask = rollout.tokens[first, :P], rollout.prompt_mask[first]
+    padded, cache = not prompt_mask.all(), KVCache()
+    last = policy(prompt, prompt_mask if padded else None, cache)[:, -1]    # (prompts, D)
+
+    # The different answers, each once; answer_of (rows,) says which one a row gave.
+    given = torch.where(rollout.mask[rows], rollout.response[rows], -1)     # (rows, T)
+    given = torch.cat([prompt_of[:, None], given], dim=1).cpu()             # not every device can
+    given, answer_of = torch.unique(given, dim=0, return_inverse=True)      # compare rows
+    given, answer_of = given.to(rows.device), answer_of.to(rows.device)
+    prompt_of, response, mask = given[:, 0], given[:, 1:].clamp(min=0), given[:, 1:] >= 0
+
+    hidden, target, position = [], [], []
+    # As many buckets however many answers are alike: sharded processes must forward equally often.
+    buckets = mask.sum(1).argsort(descending=True).tensor_split(min(BUCKETS, len(rows)))
+    for bucket in buckets:                             # indices of answers, the longest first
+        longest = int(mask[bucket].any(0).sum())
+        fed = response[bucket, :max(1, longest - 1)]   # the last token is only predicted
+        seen = F.pad(prompt_mask[prompt_of[bucket]], (0, fed.shape[1]), value=True) if padded else None
+        later = policy(fed, seen, cache.select(prompt_of[bucket]))[:, :longest - 1]
+        # The prompt's last hidden state predicts the first token, an answer's own the others.
+        predicting = torch.cat([last[prompt_of[bucket], None], later], dim=1)   # (.., longest, D)
+        row, column = mask[bucket, :longest].nonzero(as_tuple=True)
+        hidden.append(predicting[row, column])                              # (tokens, D)
+        target.append(response[bucket[row], column])
+        position.append(torch.stack([bucket[row], column]))
+    row, column = torch.cat(position, dim=1)
+    flat = token_logprobs(torch.cat(hidden), policy.head, torch.cat(target), temperature)
+    return [torch.zeros(mask.shape, device=rows.device).index_put((row, column), values)[answer_of]
+            for values in flat]
 
 
 def token_logprobs(hidden, weight, targets, temperature=1.0):
@@ -281,6 +320,13 @@ def token_logprobs(hidden, weight, targets, temperature=1.0):
     keep = torch.is_grad_enabled() and len(targets) * len(weight) * 4 <= memory(hidden.device)[0]
     logp, entropy = TokenLogprobs.apply(hidden, weight, targets, temperature, keep)
     return logp.view(shape), entropy.view(shape)
+
+
+# -------------------------------------- a first reading ends here; below: the same tile by tile, and files
+
+# Per device: logits up to the first number of bytes are kept for the backward pass, larger ones are computed again.
+# They are made a tile at a time; a tile has the second number of bytes (a CPU's cache) and at least the third of rows.
+MEMORY = {"cpu": (256 << 20, 1 << 20, 512), "cuda": (4 << 30, 256 << 20, 8192)}
 
 
 class TokenLogprobs(torch.autograd.Function):

@@ -40,10 +40,9 @@ import losses
 import policy as policy_module
 from eval import (SETTING, Parser, add_task_flags, evaluate, explain, make_task, pick_device, read_flags, summary, table,
                   write_json)
-from policy import token_logprobs
-from sample import Rollout, chat, encode, sample
+from policy import score
+from sample import Rollout, chat, encode, join, sample, take
 
-BUCKETS = 4                   # groups of like answer length in one forward pass
 BAD_STEPS = 3                 # this many steps in a row with a NaN or infinite gradient end the run
 # What may be another when a run goes on: its length, what cures a NaN or a lack of memory, and what is shown or saved.
 FREE = ("steps", "lr", "micro_batch", "rows", "save_every", "show_every", "eval_problems", "eval_samples", "out",
@@ -51,38 +50,6 @@ FREE = ("steps", "lr", "micro_batch", "rows", "save_every", "show_every", "eval_
 
 
 # ------------------------------------------------------------------------------------------------------------- one step
-
-def score(policy, rollout, rows, group_size, temperature):
-    """Log-probability and entropy of the rows' sampled tokens -> two (len(rows), T) fp32, 0 off the mask; differentiable.
-
-    Each prompt is read once, and the answers of its group attend to its keys and values; an answer that was given several
-    times is read once, too. Answers go through the model in buckets of like length, so that little padding is computed.
-    Padding never reaches the head.
-    """
-    group, row_prompt = torch.unique(rows // group_size, return_inverse=True)   # row_prompt: index into the prompts here
-    P = rollout.prompt_mask.shape[1]
-    prompt, prompt_mask = rollout.tokens[group * group_size, :P], rollout.prompt_mask[group * group_size]
-    padded, cache = not prompt_mask.all(), policy.new_cache()
-    last = policy(prompt, prompt_mask if padded else None, cache)[:, -1]        # (prompts, D) predicts first tokens
-    said = torch.where(rollout.mask[rows], rollout.response[rows], -1)          # (rows, T)
-    said = torch.cat([row_prompt[:, None], said], dim=1).cpu()                  # not every device can compare rows
-    said, answer = (x.to(rows.device) for x in torch.unique(said, dim=0, return_inverse=True))
-    row_prompt, response, mask = said[:, 0], said[:, 1:].clamp(min=0), said[:, 1:] >= 0     # of the different answers
-    hidden, target, place = [], [], []
-    # As many buckets for 16 like answers as for 16 different ones (some are empty): sharded processes forward alike.
-    for bucket in mask.sum(1).argsort(descending=True).tensor_split(min(BUCKETS, len(rows))):    # indices, longest first
-        longest = int(mask[bucket].any(0).sum())
-        fed = response[bucket, :max(1, longest - 1)]   # the last token is only predicted; never an empty forward
-        seen = F.pad(prompt_mask[row_prompt[bucket]], (0, fed.shape[1]), value=True) if padded else None
-        later = policy(fed, seen, cache.select(row_prompt[bucket]))[:, :longest - 1]    # (bucket, longest - 1, D)
-        row, column = mask[bucket, :longest].nonzero(as_tuple=True)
-        hidden.append(torch.cat([last[row_prompt[bucket], None], later], dim=1)[row, column])   # (tokens, D)
-        target.append(response[bucket[row], column])
-        place.append(torch.stack([bucket[row], column]))
-    row, column = torch.cat(place, dim=1)
-    flat = token_logprobs(torch.cat(hidden), policy.head, torch.cat(target), temperature)
-    return [torch.zeros(mask.shape, device=rows.device).index_put((row, column), values)[answer] for values in flat]
-
 
 def train_step(policy, optimizer, rollout, rewards, loss_fn, group_size, *, temperature=1.0, micro_batch=None,
                grad_clip=1.0, old_logp=None, ref_logp=None):
@@ -212,24 +179,6 @@ def make_optimizer(policy, lr, weight_decay=0.0):
 
 
 # -------------------------------------------------------------------------------------------------------------- rollouts
-
-def join(rollouts, pad):
-    """Several rollouts as one: prompts padded on the left to the widest, responses on the right."""
-    P, T = (max(getattr(r, name).shape[1] for r in rollouts) for name in ("prompt_mask", "mask"))
-    left = lambda x, value: F.pad(x, (P - x.shape[1], 0), value=value)
-    right = lambda x, value: F.pad(x, (0, T - x.shape[1]), value=value)
-    prompt = torch.cat([left(r.tokens[:, :r.prompt_mask.shape[1]], pad) for r in rollouts])
-    response = torch.cat([right(r.response, pad) for r in rollouts])
-    return Rollout(torch.cat([prompt, response], dim=1), torch.cat([left(r.prompt_mask, False) for r in rollouts]), response,
-                   torch.cat([right(r.mask, False) for r in rollouts]), torch.cat([right(r.logp, 0.0) for r in rollouts]),
-                   [text for r in rollouts for text in r.texts], torch.cat([r.finished for r in rollouts]))
-
-
-def take(rollout, rows):
-    """The rollout of `rows` alone."""
-    fields = {name: value[rows] for name, value in vars(rollout).items() if name != "texts"}
-    return Rollout(**fields, texts=[rollout.texts[row] for row in rows.tolist()])
-
 
 def draw(task, fixed, rng):
     """A problem to train on: a new one, or with --fixed-problems N one of N, number i being what the random seed i gives."""

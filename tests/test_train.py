@@ -20,7 +20,8 @@ import losses
 import policy as policy_module
 import train
 from rewards import Countdown
-from sample import Rollout, sample
+import sample as sampling
+from sample import sample
 
 ROOT = Path(train.__file__).parent
 G = 4
@@ -72,16 +73,16 @@ def test_score_is_the_definition(temperature):
     policy, tokenizer = small()
     rollout = rollout_of(policy, tokenizer, temperature)
     assert len(set(rollout.mask.sum(1).tolist())) > 2 and not rollout.prompt_mask.all(), "the batch must be ragged"
-    for ours, naive, what in zip(train.score(policy, rollout, torch.arange(12), G, temperature),
+    for ours, naive, what in zip(policy_module.score(policy, rollout, torch.arange(12), G, temperature),
                                  naive_score(policy, rollout, temperature), ("log-probability", "entropy")):
         assert torch.allclose(ours, naive, atol=1e-5), f"{what} off by {(ours - naive).abs().max():.2e}"
-    ours = train.score(policy, rollout, torch.arange(12), G, temperature)[0]
+    ours = policy_module.score(policy, rollout, torch.arange(12), G, temperature)[0]
     assert torch.allclose(ours, rollout.logp, atol=1e-5), "what is scored is not what was sampled"
 
 
 def said_alike(rollout):
     """Rows 1-3 answer what row 0 does; row 5 answers another prompt so; row 6 begins like it and is cut; all 8-11 differ."""
-    rollout = train.take(rollout, torch.arange(len(rollout.mask)))
+    rollout = sampling.take(rollout, torch.arange(len(rollout.mask)))
     for row in (1, 2, 3, 5, 6):
         rollout.response[row], rollout.mask[row] = rollout.response[0], rollout.mask[0]
     rollout.mask[6, 2:] = False
@@ -96,7 +97,7 @@ def test_an_answer_given_several_times_is_read_once_and_counts_as_often(monkeypa
     forward, read = policy_module.Policy.forward, []
     monkeypatch.setattr(policy_module.Policy, "forward",
                         lambda self, tokens, *rest: read.append(len(tokens)) or forward(self, tokens, *rest))
-    ours = train.score(policy, rollout, torch.arange(12), G, 0.7)
+    ours = policy_module.score(policy, rollout, torch.arange(12), G, 0.7)
     assert sum(read) == 3 + 9, f"3 prompts and 9 different answers were read as {read}"
     naive = naive_score(policy, rollout, 0.7)
     weight = torch.randn(12, rollout.mask.shape[1], generator=torch.Generator().manual_seed(0))     # each copy has its own
@@ -135,9 +136,9 @@ def test_the_stop_token_is_trained():
     rollout = train.demonstrations(tokenizer, ["1 1,2="] * 2, ["", ""], policy.stop_ids[0], policy.device)
     assert rollout.mask.tolist() == [[True], [True]], "the stop token must be inside the mask"
     optimizer = train.make_optimizer(policy, 1e-2)
-    before = train.score(policy, rollout, torch.arange(2), 1, 1.0)[0][0, 0].item()
+    before = policy_module.score(policy, rollout, torch.arange(2), 1, 1.0)[0][0, 0].item()
     train.train_step(policy, optimizer, rollout, torch.ones(2), losses.sft, 1)
-    assert train.score(policy, rollout, torch.arange(2), 1, 1.0)[0][0, 0].item() > before + 0.01
+    assert policy_module.score(policy, rollout, torch.arange(2), 1, 1.0)[0][0, 0].item() > before + 0.01
 
 
 def test_smallest_learning_rates_move_fp32_weights():
@@ -177,7 +178,7 @@ if train.world() > 1:
     policy = train.shard(policy)
 optimizer = torch.optim.SGD(policy.parameters(), lr=0.1)    # Adam's first steps would blow rounding up to full size
 for loss in (t.SMOOTH, t.BONUS):
-    stats = train.train_step(policy, optimizer, train.take(rollout, mine), rewards[mine], loss, t.G, temperature=0.7,
+    stats = train.train_step(policy, optimizer, t.sampling.take(rollout, mine), rewards[mine], loss, t.G, temperature=0.7,
                              micro_batch={micro})
 weights = {{name: train.full(w.detach()) for name, w in policy.named_parameters()}}
 if train.rank() == 0:
