@@ -420,10 +420,10 @@ BAD = {                                                # command line -> what th
     "train --loss grpo --name": "--name: expected one argument",
     **{f"train --loss grpo --{flag} {value}": f"--{flag}" for value in ("three", "1e3", "2.5", "-1") for flag in (
         "prompts", "group-size", "dynamic-sampling", "steps", "updates", "warmup", "micro-batch", "warm-steps",
-        "eval-problems", "eval-samples", "rows", "save-every", "show-every", "seed", "max-new-tokens", "fixed-problems")},
+        "eval-problems", "eval-samples", "rows", "save-every", "show-every", "seed", "max-new-tokens")},
     **{f"train --loss grpo --{flag} 0": f"--{flag}" for flag in (
         "prompts", "group-size", "steps", "updates", "warm-steps", "eval-samples", "rows", "save-every", "show-every",
-        "max-new-tokens", "fixed-problems", "temperature", "lr", "grad-clip")},
+        "max-new-tokens", "temperature", "lr", "grad-clip")},
     **{f"train --loss grpo --{flag} {value}": f"--{flag}" for flag in ("temperature", "lr", "grad-clip")
        for value in ("warm", "nan", "-1")},
     "train --loss grpo --lr inf": "--lr",
@@ -678,7 +678,7 @@ def test_groups_all_right_or_all_wrong_then_mixed(base, loss, reward, monkeypatc
     """Six steps without contrast: no NaN, and where the method asks for contrast no gradient and no moved weight."""
     task = Odd(["1 2,3=", "3 4,7="], lambda call: reward)
     log, moved = run_odd(base, monkeypatch, f"{loss}{reward}", task, None, "--loss", loss)
-    assert all(row["equal"] == 1 and row["reward"] == reward for row in log)
+    assert all(row["zero_std_frac"] == 1 and row["reward"] == reward for row in log)
     if loss in ("grpo", "rloo", "dr_grpo", "dapo", "gspo", "cispo", "passk", "maxrl", "focal", "ucpo"):
         assert not moved and all(row["grad_norm"] == 0 for row in log), "equal rewards must give no policy gradient"
 

@@ -259,7 +259,7 @@ def test_twenty_steps_raise_the_reward(base):
 @pytest.mark.parametrize("updates", [1, 2])
 def test_resume_is_bit_for_bit(base, updates):
     """6 steps at once against 3, then 3 more after a restart: same log, same weights."""
-    common = ("--loss", "grpo", "--updates", updates, "--save-every", 3, "--dynamic-sampling", 1, "--fixed-problems", 9)
+    common = ("--loss", "grpo", "--updates", updates, "--save-every", 3, "--dynamic-sampling", 1, "--schedule", "constant")
     assert go(base, *common, "--steps", 6, "--name", f"whole{updates}") == 0
     assert go(base, *common, "--steps", 3, "--name", f"halves{updates}") == 0
     assert go(base, *common, "--steps", 6, "--name", f"halves{updates}", "--resume") == 0
@@ -302,25 +302,12 @@ def test_dynamic_sampling_keeps_mixed_groups_and_is_bounded():
     policy, tokenizer = small()
     flags = dict(group_size=G, prompts=3, max_new_tokens=4, temperature=1.0, rows=5)    # rows: one prompt at a time
     for redraws, mixed in ((0, 1), (1, 2), (2, 3), (9, 3)):
-        args = train.argparse.Namespace(**flags, fixed_problems=None, dynamic_sampling=redraws)
+        args = train.argparse.Namespace(**flags, dynamic_sampling=redraws)
         problems, rollout, rewards = train.collect(policy, tokenizer, Scripted(), args, random.Random(0),
                                                    torch.Generator().manual_seed(0))
         assert len(problems) == 3 and len(rewards) == len(rollout.texts) == 12, "the batch must be full"
         share = rewards.view(3, G).mean(1)
         assert ((share > 0) & (share < 1)).sum() == mixed, f"{redraws} redraws: {share.tolist()}"
-
-
-def test_fixed_problems_come_again_in_another_order():
-    task, rng = Countdown(counts=(4,), high=9, targets=(1, 60)), random.Random(0)
-    drawn = [train.draw(task, 5, rng) for _ in range(200)]
-    assert set(drawn) == {task.problem(random.Random(i)) for i in range(5)} and len(set(drawn)) == 5
-    assert all(25 <= drawn.count(problem) <= 55 for problem in set(drawn)), "each as often as another"
-    assert drawn[:100] != drawn[100:]
-    assert len({train.draw(task, None, rng) for _ in range(200)}) > 150, "without the flag nearly all are new"
-    args = train.argparse.Namespace(group_size=2, prompts=8, max_new_tokens=4, temperature=1.0, rows=99, dynamic_sampling=0,
-                                    fixed_problems=1)
-    problems, _, _ = train.collect(*small(), task, args, rng, torch.Generator().manual_seed(0))
-    assert problems == [task.problem(random.Random(0))] * 8
 
 
 def test_a_kl_weight_loads_the_frozen_reference(base):
