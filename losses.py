@@ -339,7 +339,7 @@ def entropy(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp
 # --------------------------------------------------------------------------------- the losses: against lost diversity
 
 def diffsmooth(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp=None,
-               clip_low=0.2, clip_high=0.2, beta=0.0, reduction="sum", gamma_p=0.5, gamma_n=0.0, agg="seq_mean"):
+               clip_low=0.2, clip_high=0.2, beta=0.0, reduction="sum", gamma_p=0.2, gamma_n=0.0, agg="seq_mean"):
     """DS-GRPO (arXiv 2511.19942, Eq. 6): smooth among the correct answers, sharpen among the wrong ones.
 
         A_i - gamma_p log pi_old(y_i|x)  if r_i == 1,    A_i + gamma_n log pi_old(y_i|x)  otherwise

@@ -89,9 +89,9 @@ class Answers:
     """The answers so far, of all B rows. Everything is written in place: a CUDA graph holds it."""
 
     def __init__(self, B, room, stop_ids, generator, device):
-        # All chance is here, one uniform a token, so that what a row says does not depend on which
-        # other rows are still going.
-        self.uniform = torch.rand(room, B, generator=generator, device=device)
+        # All chance is here, one uniform a token and row by row, so that what a row says depends
+        # neither on which others are still going nor on how a batch is cut into pieces.
+        self.uniform = torch.rand(B, room, generator=generator, device=device)
         self.tokens = torch.zeros(B, room, dtype=torch.int64, device=device)
         self.logp = torch.zeros(B, room, device=device)
         self.length = torch.full((B,), room, device=device)    # until a stop token says otherwise
@@ -104,7 +104,7 @@ class Answers:
         """Draw the next token of each growing row from its logits (rows, V), fp32."""
         rows, count = self.rows, self.count
         all_logp = logits.log_softmax(-1)                                   # (rows, V)
-        token = draw(all_logp.exp(), self.uniform[count, rows])             # (rows,)
+        token = draw(all_logp.exp(), self.uniform[rows, count])             # (rows,)
         self.tokens[rows, count] = token
         self.logp[rows, count] = all_logp.gather(1, token[:, None])[:, 0]
         stopped = (token[:, None] == self.stop_ids).any(1)
