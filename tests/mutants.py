@@ -23,22 +23,25 @@ HERE = Path(__file__).resolve().parent
 SOURCE = (HERE.parent / "losses.py").read_text()
 
 CLAMP = "ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)"
-MIN = "loss = -torch.min(ratio * advantages, " + CLAMP
+MIN = "loss = -torch.min(unclipped, " + CLAMP
 STD = "(r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True, correction=0) + EPS)"
-GROUPED = "r = _groups(rewards.detach() if rewards.is_floating_point() else rewards.float(), group_size)"
-DS_TERM = """    term = torch.where(batch.rewards == 1, -gamma_p * log_pi, gamma_n * log_pi)
-    advantages = group_advantages(batch.rewards, group_size) + term"""
+GROUPED = "r = _grouped(rewards, group_size)"
+DS_TERM = """    term = torch.where(r == 1, -gamma_p * log_pi, gamma_n * log_pi)         # (B,)
+    advantages = group_advantages(r, group_size) + term"""
 DS_REWARD = "(r + term - (r + term).mean(1, keepdim=True)).flatten()"
-K1 = 'kl(batch.old_logp, batch.ref_logp, "k1").sum(1) if beta else batch.rewards'
+K1 = 'kl(batch.old_logp, batch.ref_logp, "k1").sum(1)'
 TOKEN_MEAN = "        return token_loss.sum() / lengths.sum().clamp(min=1)\n"
 BONUS = "token_loss = token_loss - entropy_coef * batch.entropy "
-GSPO = "ratio = torch.exp((batch.logp - batch.old_logp).sum(1, keepdim=True) / lengths)"
+GSPO = "log_ratio = (batch.logp - batch.old_logp).sum(1, keepdim=True) / lengths"
 WEIGHT = "weight = ratio.clamp(1 - clip_low, 1 + clip_high)"
-PKPO = "[k * C(G - c, k - 1) / C(G - 1, k - 1) for c in range(G + 1)]"
+PKPO = "[k * C(G - c, k - 1) / C(G - 1, k - 1) for c in counts]"
 PKPO_A = "advantages = torch.where(batch.rewards == 1, right, 0)"
 Q = "q = torch.where(correct, likelihood, -1e9).softmax(1).clamp(min=1e-6)"
+LIKELIHOOD = '_answer_logp(batch, "mean"), group_size)          # (B/G, G)\n'
 TOTAL = "total = batch.old_logp.sum(1) "
-ON = "    on = mask.bool()\n"
+ON = "    generated = mask.bool()\n"
+BLANK = "torch.where(generated, x, 0)\n"
+KL = "beta * kl(batch.logp, batch.ref_logp)"
 
 # (what is wrong, [(text, replacement), ...] or (text, replacement), which tests to ask: a pytest -k expression, or all)
 MUTANTS = [
@@ -52,11 +55,11 @@ MUTANTS = [
      "worked_batch or test_clip"),
     ("clip_low and clip_high swapped", (CLAMP, "ratio.clamp(1 - clip_high, 1 + clip_low) * advantages)"),
      "worked_batch or test_clip"),
-    ("ratio inverted", ("torch.exp(batch.logp - batch.old_logp)     #", "torch.exp(batch.old_logp - batch.logp)     #"),
+    ("ratio inverted", ("torch.exp(batch.logp - batch.old_logp) ", "torch.exp(batch.old_logp - batch.logp) "),
      "worked_batch"),
     ("dapo with GRPO's upper clip", ("clip_low=0.2, clip_high=0.28", "clip_low=0.2, clip_high=0.2"), "worked_batch"),
-    ("clip_frac counts |ratio - 1| > clip", ("cut = ((advantages > 0) & (ratio > 1 + clip_high)) | ((advantages < 0) & "
-     "(ratio < 1 - clip_low))", "cut = (ratio > 1 + clip_high) | (ratio < 1 - clip_low)"), "stats_of or test_clip"),
+    ("clip_frac counts |ratio - 1| > clip", ("return loss, too_high | too_low",
+     "return loss, (ratio > 1 + clip_high) | (ratio < 1 - clip_low)"), "stats_of or test_clip"),
     # --- advantages
     ("std with ddof 1", ("correction=0", "correction=1"), "worked_batch or one_group"),
     ("std over the batch", (STD, STD.replace("r.std(1, keepdim=True, ", "r.std(")), "worked_batch"),
@@ -74,8 +77,8 @@ MUTANTS = [
     ("mask one column late", (ON, "    mask = mask * mask.roll(1, 1) * (torch.arange(mask.shape[1]) > 0)\n" + ON),
      "first_and_last"),
     ("stop token masked", (ON, "    mask = torch.cat([mask[:, 1:], mask[:, :1] * 0], 1)\n" + ON), "first_and_last"),
-    ("masked by a product: NaN * 0 is NaN", ("torch.where(on, x, 0)\n", "x * on\n"), "padding_may_hold"),
-    ("NaN on generated tokens masked away too", ("torch.where(on, x, 0)\n", "torch.where(on, x, 0).nan_to_num(0)\n"),
+    ("masked by a product: NaN * 0 is NaN", (BLANK, "x * generated\n"), "padding_may_hold"),
+    ("NaN on generated tokens masked away too", (BLANK, BLANK.replace("\n", ".nan_to_num(0)\n")),
      "not_hidden"),
     ("padding counted in the loss", ("token_loss = torch.where(mask, token_loss, 0)", "token_loss = token_loss"),
      "extra_padding"),
@@ -90,7 +93,7 @@ MUTANTS = [
     ("the padded width as dr_grpo's constant", ("/ rows / max_len", "/ rows / mask.shape[1]"), "worked_batch"),
     ("dr_grpo keeps the std",
      ("(r - r.mean(1, keepdim=True)).flatten() ", "group_advantages(batch.rewards, group_size) "), "one_group"),
-    ("dr_grpo keeps the length", ('"seq_const", max_len), _stats', '"token_mean"), _stats'), "aggregators"),
+    ("dr_grpo keeps the length", ('"seq_const", max_len)', '"token_mean")'), "aggregators"),
     ("rows without a token counted", ("rows = (lengths > 0).sum().clamp(min=1)", "rows = len(lengths)"),
      "all_masked_group"),
     ("an all-masked row is 0/0", ("(token_loss.sum(1) / lengths.clamp(min=1))", "(token_loss.sum(1) / lengths)"),
@@ -100,18 +103,18 @@ MUTANTS = [
     ("sft by the mean of row means", ('(-batch.logp, batch.mask, "token_mean"), _stats(batch, ones)',
                                       '(-batch.logp, batch.mask, "seq_mean"), _stats(batch, ones)'), "sft_by_hand"),
     ("rft divides by all tokens",
-     ('loss = _aggregate(-batch.logp, batch.mask & (batch.rewards == 1)[:, None], "token_mean")',
+     ('loss = _aggregate(-batch.logp, batch.mask & correct[:, None], "token_mean")',
                                    'loss = _aggregate(-batch.logp * kept[:, None], batch.mask, "token_mean")'),
      "rft_by_hand"),
     ("reinforce divides by the length",
      ('"seq_sum"), _stats(batch, advantages)\n\n\ndef rloo', '"seq_mean"), _stats(batch, advantages)\n\n\ndef rloo'),
      "reinforce"),
     ("rloo divides by the length",
-     ('"seq_sum"), _stats(batch, advantages)\n\n\ndef grpo', '"seq_mean"), _stats(batch, advantages)\n\n\ndef grpo'),
+     ('"seq_sum"), _stats(batch, advantages)\n\n\ndef dr_', '"seq_mean"), _stats(batch, advantages)\n\n\ndef dr_'),
      "aggregators or worked_batch"),
     # --- constants that must be constant, arguments that must stay
-    ("old_logp not detached", ("constant(old_logp)", "clean(old_logp)"), "are_constants"),
-    ("ref_logp not detached", ("constant(ref_logp)", "clean(ref_logp)"), "are_constants"),
+    ("old_logp not detached", ("_blank_padding(old_logp.detach()", "_blank_padding(old_logp"), "are_constants"),
+    ("ref_logp not detached", ("_blank_padding(ref_logp.detach()", "_blank_padding(ref_logp"), "are_constants"),
     ("gradient leaks through the advantages",
      (TOTAL, "total = (batch.old_logp + batch.logp - batch.logp.detach()).sum(1) "), "worked_batch"),
     ("smoothing term from logp, detached", (TOTAL, "total = batch.logp.detach().sum(1) "), "worked_batch"),
@@ -119,23 +122,23 @@ MUTANTS = [
      ("torch.exp(batch.logp.detach() - batch.old_logp)", "torch.exp(batch.logp - batch.old_logp)"), "cispo_weight"),
     ("rewards centred in place", ("a = (r - r.mean(1, keepdim=True)) /", "a = r.sub_(r.mean(1, keepdim=True)) /"),
      "nothing_is_written"),
-    ("padding of old_logp zeroed in place", ("else clean(x.detach())", "else x.detach().masked_fill_(~on, 0)"),
+    ("padding of old_logp zeroed in place", ("_blank_padding(old_logp.detach(), generated)", "old_logp.detach().masked_fill_(~generated, 0)"),
      "nothing_is_written"),
     # --- KL
-    ("KL direction flipped: d swapped", ("d = logp - ref_logp\n", "d = ref_logp - logp\n"), "kl or worked_batch"),
+    ("KL direction flipped: d swapped", ("d = logp - ref_logp  ", "d = ref_logp - logp  "), "kl or worked_batch"),
     ("KL term with the wrong sign", ("token_loss + beta * kl(", "token_loss - beta * kl("), "worked_batch or kl_term"),
-    ("k1 in the loss", ("beta * kl(batch.logp, batch.ref_logp) if", 'beta * kl(batch.logp, batch.ref_logp, "k1") if'),
+    ("k1 in the loss", (KL, KL.replace(")", ', "k1")')),
      "worked_batch or kl_term"),
-    ("k2 in the loss", ("beta * kl(batch.logp, batch.ref_logp) if", 'beta * kl(batch.logp, batch.ref_logp, "k2") if'),
+    ("k2 in the loss", (KL, "beta * (batch.logp - batch.ref_logp) ** 2 / 2"),
      "worked_batch or kl_term"),
     ("k3 by exp: no digits left in float32", ("torch.expm1(-d) + d", "torch.exp(-d) - 1 + d"), "k3_is_never"),
     ("KL in the reward with the wrong sign", ("batch.rewards - beta * " + K1, "batch.rewards + beta * " + K1),
      "worked_batch or expected_gradient"),
     ("rloo subtracts the KL after the baseline",
-     [("_groups(_minus_kl(batch, beta), group_size)", "_groups(batch.rewards, group_size)"),
-     ("(r - others).flatten()", "(r - others).flatten() + _minus_kl(batch, beta) - batch.rewards")], "worked_batch"),
+     [("_grouped(_penalised_rewards(batch, beta), group_size)", "_grouped(batch.rewards, group_size)"),
+     ("(r - others).flatten()", "(r - others).flatten() + _penalised_rewards(batch, beta) - batch.rewards")], "worked_batch"),
     ("beta without reference is a silent zero",
-     (" if beta else token_loss)", " if beta and batch.ref_logp is not None else token_loss)"), "refused"),
+     ("    if beta:\n", "    if beta and batch.ref_logp is not None:\n"), "refused"),
     # --- entropy
     ("entropy bonus with the wrong sign", (BONUS, BONUS.replace(" - ", " + ")), "entropy"),
     ("entropy without gradient", (BONUS, BONUS.rstrip() + ".detach() "), "entropy_gradient"),
@@ -152,17 +155,17 @@ MUTANTS = [
      "worked_batch or smoothed"),
     ("smoothing term silently zero", (DS_TERM, DS_TERM.replace("+ term", "+ 0 * term")), "worked_batch or silently"),
     ("no smoothing in groups of equal rewards",
-     (DS_TERM, DS_TERM.replace("+ term", "+ term * (group_advantages(batch.rewards, group_size) != 0)")),
+     (DS_TERM, DS_TERM.replace("+ term", "+ term * (group_advantages(r, group_size) != 0)")),
      "silently or smoothed"),
     ("smoothing before normalisation",
-     (DS_TERM, DS_TERM.replace("batch.rewards, group_size) + term", "batch.rewards + term, group_size)")),
+     (DS_TERM, DS_TERM.replace("r, group_size) + term", "r + term, group_size)")),
      "worked_batch"),
     ("log pi summed over padding too",
      (TOTAL, "total = batch.old_logp.sum(1) + (~batch.mask).sum(1) * batch.old_logp[:, 0] "), "worked_batch"),
     ("reduction: sum and mean exchanged", ('reduction == "sum"', 'reduction == "mean"'), "worked_batch"),
     ("mean over the padded width", ("total / batch.mask.sum(1).clamp(min=1)", "total / batch.mask.shape[1]"),
      "worked_batch or extra_padding"),
-    ("diffsmooth: correct as r > 0", (DS_TERM, DS_TERM.replace("batch.rewards == 1", "batch.rewards > 0")),
+    ("diffsmooth: correct as r > 0", (DS_TERM, DS_TERM.replace("r == 1", "r > 0")),
      "format_reward or correct_means"),
     ("diffsmooth_reward: not centred", (DS_REWARD, "(r + term - r.mean(1, keepdim=True)).flatten()"), "smoothed"),
     ("diffsmooth_reward: divided by the std", (DS_REWARD, "group_advantages((r + term).flatten(), group_size)"),
@@ -173,12 +176,11 @@ MUTANTS = [
      ("others = (r.sum(1, keepdim=True) - r) / (group_size - 1)", "others = r.mean(1, keepdim=True)"),
      "one_group"),
     ("reinforce subtracts the group mean",
-     ("_minus_kl(batch, beta) - baseline ", "_groups(_minus_kl(batch, beta), group_size).sub(batch.rewards.mean())"
-     ".flatten() - baseline "), "number_correct"),
+     ("_penalised_rewards(batch, beta) - baseline ", "_penalised_rewards(batch, beta).sub(batch.rewards.mean()) - baseline "), "number_correct"),
     ("gspo: product of ratios", (GSPO, GSPO.replace(" / lengths", "")), "gspo_ratio"),
     ("gspo: mean of ratios",
      (GSPO,
-      "ratio = torch.where(batch.mask, torch.exp(batch.logp - batch.old_logp), 0).sum(1, keepdim=True) / lengths"),
+      "log_ratio = (torch.where(batch.mask, torch.exp(batch.logp - batch.old_logp), 0).sum(1, keepdim=True) / lengths).log()"),
      "gspo_ratio"),
     ("gspo with GRPO's clip", ("clip_low=3e-4, clip_high=4e-4", "clip_low=0.2, clip_high=0.2"), "worked_batch"),
     ("cispo's cap read as absolute", (WEIGHT, WEIGHT.replace("1 + clip_high", "clip_high")), "cispo_weight"),
@@ -189,12 +191,10 @@ MUTANTS = [
     ("unlikeliness: rank 0 is the likeliest",
      ("likelihood.argsort(dim=1, stable=True)", "likelihood.argsort(dim=1, stable=True, descending=True)"),
      "unlikeliness_ranks"),
-    ("unlikeliness: ranks by the sum", ('likelihood = _groups(_sequence_logp(batch, "mean"), group_size)         #',
-                                        'likelihood = _groups(_sequence_logp(batch, "sum"), group_size)         #'),
+    ("unlikeliness: ranks by the sum", (LIKELIHOOD + "    order", LIKELIHOOD.replace("mean", "sum") + "    order"),
      "worked_batch"),
     ("unlikeliness: order for rank", (".argsort(dim=1).flatten()", ".flatten()"), "unlikeliness_ranks"),
-    ("ucpo: q from the sum", ('likelihood = _groups(_sequence_logp(batch, "mean"), group_size)\n',
-                              'likelihood = _groups(_sequence_logp(batch, "sum"), group_size)\n'), "worked_batch"),
+    ("ucpo: q from the sum", (LIKELIHOOD + "    q", LIKELIHOOD.replace("mean", "sum") + "    q"), "worked_batch"),
     ("ucpo: more to the likely ones",
      ("rarity = torch.where(correct, 1 / q, 0)", "rarity = torch.where(correct, q, 0)"), "ucpo"),
     ("ucpo: q over wrong answers too", (Q, "q = likelihood.softmax(1).clamp(min=1e-6) ** 2"), "ucpo"),
@@ -206,9 +206,9 @@ MUTANTS = [
     ("pkpo: the factor G is lost", (PKPO, PKPO.replace("k * C(", "k / G * C(")), "one_group"),
     ("pkpo: a std afterwards",
      (PKPO_A, "advantages = group_advantages(torch.where(batch.rewards == 1, right, 0), group_size)"), "one_group"),
-    ("pkpo: one more leave-one-out baseline", (PKPO_A, "a = _groups(torch.where(batch.rewards == 1, right, 0), G)\n"
+    ("pkpo: one more leave-one-out baseline", (PKPO_A, "a = _grouped(torch.where(batch.rewards == 1, right, 0), G)\n"
      "    advantages = (a - (a.sum(1, keepdim=True) - a) / (G - 1)).flatten()"), "bernoulli"),
-    ("passk and pkpo: c counts r > 0", ("c = _groups(batch.rewards == 1,", "c = _groups(batch.rewards > 0,"),
+    ("passk and pkpo: c counts r > 0", ("c = _grouped(batch.rewards == 1,", "c = _grouped(batch.rewards > 0,"),
      "correct_means"),
     ("passk: correct as r > 0",
      ("torch.where(batch.rewards == 1, right, wrong)", "torch.where(batch.rewards > 0, right, wrong)"),
@@ -218,10 +218,10 @@ MUTANTS = [
      ("correct = (batch.rewards == 1).to(batch.logp)", "correct = (batch.rewards > 0).to(batch.logp)"),
      "correct_means"),
     ("ucpo: correct as r > 0",
-     ("correct = _groups(batch.rewards == 1, group_size)  #", "correct = _groups(batch.rewards > 0, group_size)  #"),
+     ("correct = _grouped(batch.rewards == 1, group_size)  ", "correct = _grouped(batch.rewards > 0, group_size)  "),
      "correct_means"),
     ("rft: correct as r > 0",
-     ("batch.mask & (batch.rewards == 1)[:, None]", "batch.mask & (batch.rewards > 0)[:, None]"), "correct_means"),
+     ("    correct = batch.rewards == 1  ", "    correct = batch.rewards > 0  "), "correct_means"),
     ("w_reinforce rewards mistakes",
      ("w_pos * correct - w_neg * (1 - correct)", "w_pos * correct + w_neg * (1 - correct)"),
      "number_correct or one_step"),
@@ -238,9 +238,9 @@ MUTANTS = [
     ("group_size that does not divide is accepted", ("if group_size < 1 or len(x) % group_size:", "if group_size < 1:"),
      "refused"),
     ("positive log-probabilities are accepted", ("= x > 1e-4\n", "= x > 1e9\n"), "refused"),
-    ("a mask of 0.5 is accepted", ("mask != on,", "mask < 0,"), "refused"),
+    ("a mask of 0.5 is accepted", ("mask != generated,", "mask < 0,"), "refused"),
     ("k above the group size is accepted", ("if not 1 <= k <= group_size:", "if k < 1:"), "refused"),
-    ("negative rewards pass maxrl", ("wrong = {", "lowest = -math.inf\n    wrong = {"), "negative_rewards"),
+    ("negative rewards pass maxrl", ("complaints = {\n", "min_reward = -math.inf\n    complaints = {\n"), "negative_rewards"),
 ]
 
 
