@@ -23,7 +23,8 @@ import pytest
 import torch
 
 REPO = Path(__file__).resolve().parent.parent
-TESTS = {"losses.py": ["test_losses.py"], "policy.py": ["test_policy.py", "test_logprobs.py"], "sample.py": ["test_sample.py"],
+TESTS = {"losses.py": ["test_losses.py"], "policy.py": ["test_policy.py", "test_logprobs.py"],
+         "sample.py": ["test_sample.py"],
          "rewards.py": ["test_rewards.py"], "eval.py": ["test_eval.py"], "train.py": ["test_train.py"]}
 CORE, CARE = "-m core", "-m care"                      # the tests of losses.py that must see it: see test_losses.py
 
@@ -66,19 +67,22 @@ LOSSES = [
     ("mean and std over the batch", (STD, "(r - r.mean()) / (r.std(correction=0) + EPS)"), CORE),
     ("groups interleaved", [(GROUPED, GROUPED + ".reshape(group_size, -1).T"),
                             ("torch.where(equal, 0, a).flatten()", "torch.where(equal, 0, a).T.flatten()")], CORE),
-    ("eps under the root", (STD, "(r - r.mean(1, keepdim=True)) / (r.var(1, keepdim=True, correction=0) + EPS).sqrt()"), CORE),
+    ("eps under the root", (STD, "(r - r.mean(1, keepdim=True)) / (r.var(1, keepdim=True, correction=0) + EPS).sqrt()"),
+     CORE),
     ("eps 1e-4", ("EPS = 1e-6", "EPS = 1e-4"), CORE),
     ("no guard against equal rewards in float32", ("torch.where(equal, 0, a)", "a"), CARE),
     ("the loss has the wrong sign", ("loss = -torch.min(", "loss = torch.min("), CORE),
     # --- mask, padding, aggregation
     ("mask off by one", (ON, "    mask = mask.roll(1, 1)\n" + ON), CORE),
-    ("mask one column late", (ON, "    mask = mask * mask.roll(1, 1) * (torch.arange(mask.shape[1]) > 0)\n" + ON), CORE),
+    ("mask one column late", (ON, "    mask = mask * mask.roll(1, 1) * (torch.arange(mask.shape[1]) > 0)\n" + ON),
+     CORE),
     ("stop token masked", (ON, "    mask = torch.cat([mask[:, 1:], mask[:, :1] * 0], 1)\n" + ON), CORE),
     ("masked by a product: NaN * 0 is NaN", (BLANK, "x * generated\n"), CARE),
     ("NaN on generated tokens masked away too", (BLANK, BLANK.replace("\n", ".nan_to_num(0)\n")), CARE),
     ("padding counted in the loss", ("token_loss = torch.where(mask, token_loss, 0)", "token_loss = token_loss"), CORE),
     ("token_mean in place of seq_mean",
-     ("(token_loss.sum(1) / lengths.clamp(min=1)).sum() / rows", "token_loss.sum() / lengths.sum().clamp(min=1)"), CORE),
+     ("(token_loss.sum(1) / lengths.clamp(min=1)).sum() / rows", "token_loss.sum() / lengths.sum().clamp(min=1)"),
+     CORE),
     ("seq_mean in place of token_mean", (TOKEN_MEAN, TOKEN_MEAN.replace("token_loss.sum() / lengths.sum().clamp(min=1)",
      "(token_loss.sum(1) / lengths.clamp(min=1)).sum() / rows")), CORE),
     ("mean of two micro-batch means",
@@ -90,16 +94,19 @@ LOSSES = [
     ("dr_grpo keeps the length", ('"seq_const", max_len)', '"token_mean")'), CORE),
     ("rows without a token counted", ("rows = (lengths > 0).sum().clamp(min=1)", "rows = len(lengths)"), CARE),
     ("an all-masked row is 0/0", ("(token_loss.sum(1) / lengths.clamp(min=1))", "(token_loss.sum(1) / lengths)"), CARE),
-    ("an all-zero mask is 0/0", ("token_loss.sum() / lengths.sum().clamp(min=1)", "token_loss.sum() / lengths.sum()"), CARE),
+    ("an all-zero mask is 0/0", ("token_loss.sum() / lengths.sum().clamp(min=1)", "token_loss.sum() / lengths.sum()"),
+     CARE),
     ("sft by the mean of row means", ('(-batch.logp, batch.mask, "token_mean"), _stats(batch, ones)',
                                       '(-batch.logp, batch.mask, "seq_mean"), _stats(batch, ones)'), CORE),
     ("rft divides by all tokens",
      ('loss = _aggregate(-batch.logp, batch.mask & correct[:, None], "token_mean")',
                                    'loss = _aggregate(-batch.logp * kept[:, None], batch.mask, "token_mean")'), CORE),
     ("reinforce divides by the length",
-     ('"seq_sum"), _stats(batch, advantages)\n\n\ndef rloo', '"seq_mean"), _stats(batch, advantages)\n\n\ndef rloo'), CORE),
+     ('"seq_sum"), _stats(batch, advantages)\n\n\ndef rloo', '"seq_mean"), _stats(batch, advantages)\n\n\ndef rloo'),
+     CORE),
     ("rloo divides by the length",
-     ('"seq_sum"), _stats(batch, advantages)\n\n\ndef dr_', '"seq_mean"), _stats(batch, advantages)\n\n\ndef dr_'), CORE),
+     ('"seq_sum"), _stats(batch, advantages)\n\n\ndef dr_', '"seq_mean"), _stats(batch, advantages)\n\n\ndef dr_'),
+     CORE),
     # --- constants that must be constant, arguments that must stay
     ("old_logp not detached", ("_blank_padding(old_logp.detach()", "_blank_padding(old_logp"), CORE),
     ("ref_logp not detached", ("_blank_padding(ref_logp.detach()", "_blank_padding(ref_logp"), CARE),
@@ -108,8 +115,10 @@ LOSSES = [
     ("smoothing term from logp, detached", (TOTAL, "total = batch.logp.detach().sum(1) "), CORE),
     ("cispo's weight not detached",
      ("torch.exp(batch.logp.detach() - batch.old_logp)", "torch.exp(batch.logp - batch.old_logp)"), CORE),
-    ("rewards centred in place", ("a = (r - r.mean(1, keepdim=True)) /", "a = r.sub_(r.mean(1, keepdim=True)) /"), CORE),
-    ("padding of old_logp zeroed in place", ("_blank_padding(old_logp.detach(), generated)", "old_logp.detach().masked_fill_(~generated, 0)"), CARE),
+    ("rewards centred in place", ("a = (r - r.mean(1, keepdim=True)) /", "a = r.sub_(r.mean(1, keepdim=True)) /"),
+     CARE),
+    ("padding of old_logp zeroed in place", ("_blank_padding(old_logp.detach(), generated)",
+                                             "old_logp.detach().masked_fill_(~generated, 0)"), CARE),
     # --- KL
     ("KL direction flipped: d swapped", ("d = logp - ref_logp  ", "d = ref_logp - logp  "), CORE),
     ("KL term with the wrong sign", ("token_loss + beta * kl(", "token_loss - beta * kl("), CORE),
@@ -133,7 +142,8 @@ LOSSES = [
     ("gamma_p with the wrong sign", (DS_TERM, DS_TERM.replace("-gamma_p", "gamma_p")), CORE),
     ("gamma_n with the wrong sign", (DS_TERM, DS_TERM.replace("gamma_n", "-gamma_n")), CORE),
     ("both gammas with the wrong sign", (DS_TERM, DS_TERM.replace("+ term", "- term")), CORE),
-    ("gammas swapped", (DS_TERM, DS_TERM.replace("gamma_p", "X").replace("gamma_n", "gamma_p").replace("X", "gamma_n")), CORE),
+    ("gammas swapped", (DS_TERM, DS_TERM.replace("gamma_p", "X").replace("gamma_n", "gamma_p").replace("X", "gamma_n")),
+     CORE),
     ("smoothing term silently zero", (DS_TERM, DS_TERM.replace("+ term", "+ 0 * term")), CORE),
     ("no smoothing in groups of equal rewards",
      (DS_TERM, DS_TERM.replace("+ term", "+ term * (group_advantages(r, group_size) != 0)")), CORE),
@@ -151,11 +161,13 @@ LOSSES = [
     ("rloo's baseline includes the answer itself",
      ("others = (r.sum(1, keepdim=True) - r) / (group_size - 1)", "others = r.mean(1, keepdim=True)"), CORE),
     ("reinforce subtracts the group mean",
-     ("_penalised_rewards(batch, beta) - baseline ", "_penalised_rewards(batch, beta).sub(batch.rewards.mean()) - baseline "), CORE),
+     ("_penalised_rewards(batch, beta) - baseline ",
+      "_penalised_rewards(batch, beta).sub(batch.rewards.mean()) - baseline "), CORE),
     ("gspo: product of ratios", (GSPO, GSPO.replace(" / lengths", "")), CORE),
     ("gspo: mean of ratios",
      (GSPO,
-      "log_ratio = (torch.where(batch.mask, torch.exp(batch.logp - batch.old_logp), 0).sum(1, keepdim=True) / lengths).log()"), CORE),
+      "token_ratio = torch.where(batch.mask, torch.exp(batch.logp - batch.old_logp), 0)\n"
+      "    log_ratio = (token_ratio.sum(1, keepdim=True) / lengths).log()"), CORE),
     ("gspo with GRPO's clip", ("clip_low=3e-4, clip_high=4e-4", "clip_low=0.2, clip_high=0.2"), CORE),
     ("cispo's cap read as absolute", (WEIGHT, WEIGHT.replace("1 + clip_high", "clip_high")), CORE),
     ("cispo with a floor of 0.8", ("clip_low=1.0, clip_high=4.0", "clip_low=0.2, clip_high=4.0"), CORE),
@@ -163,7 +175,8 @@ LOSSES = [
                               "token_loss = -weight * advantages[:, None] * batch.logp * (ratio == weight)"), CORE),
     ("unlikeliness: rank 0 is the likeliest",
      ("likelihood.argsort(dim=1, stable=True)", "likelihood.argsort(dim=1, stable=True, descending=True)"), CORE),
-    ("unlikeliness: ranks by the sum", (LIKELIHOOD + "    order", LIKELIHOOD.replace("mean", "sum") + "    order"), CORE),
+    ("unlikeliness: ranks by the sum", (LIKELIHOOD + "    order", LIKELIHOOD.replace("mean", "sum") + "    order"),
+     CORE),
     ("unlikeliness: order for rank", (".argsort(dim=1).flatten()", ".flatten()"), CORE),
     ("ucpo: q from the sum", (LIKELIHOOD + "    q", LIKELIHOOD.replace("mean", "sum") + "    q"), CORE),
     ("ucpo: more to the likely ones",
@@ -171,7 +184,8 @@ LOSSES = [
     ("ucpo: q over wrong answers too", (Q, "q = likelihood.softmax(1).clamp(min=1e-6) ** 2"), CORE),
     ("ucpo: the total is not kept", ("correct.sum(1, keepdim=True) * rarity", "rarity"), CORE),
     ("passk: wrong answers get -R only", ("[(f - w) / s for f, w, s in", "[(f - 1) / s for f, w, s in"), CORE),
-    ("passk: k is ignored", ("fail = [C(G - c, k) / C(G, k) for c in counts]", "fail = [(G - c) / G for c in counts]"), CORE),
+    ("passk: k is ignored", ("fail = [C(G - c, k) / C(G, k) for c in counts]", "fail = [(G - c) / G for c in counts]"),
+     CORE),
     ("pkpo: the factor k is lost", (PKPO, PKPO.replace("k * C(", "C(")), CORE),
     ("pkpo: the factor G is lost", (PKPO, PKPO.replace("k * C(", "k / G * C(")), CORE),
     ("pkpo: a std afterwards",
@@ -185,19 +199,23 @@ LOSSES = [
     ("w_reinforce: correct as r > 0",
      ("correct = (batch.rewards == 1).to(batch.logp)", "correct = (batch.rewards > 0).to(batch.logp)"), CORE),
     ("ucpo: correct as r > 0",
-     ("correct = _grouped(batch.rewards == 1, group_size)  ", "correct = _grouped(batch.rewards > 0, group_size)  "), CORE),
+     ("correct = _grouped(batch.rewards == 1, group_size)  ", "correct = _grouped(batch.rewards > 0, group_size)  "),
+     CORE),
     ("rft: correct as r > 0",
      ("    correct = batch.rewards == 1  ", "    correct = batch.rewards > 0  "), CORE),
     ("w_reinforce rewards mistakes",
      ("w_pos * correct - w_neg * (1 - correct)", "w_pos * correct + w_neg * (1 - correct)"), CORE),
     ("maxrl: divided by the std",
      ("(r - mean) / (mean + EPS)", "(r - mean) / (r.std(1, keepdim=True, correction=0) + EPS)"), CORE),
-    ("maxrl: all-wrong groups at A = -1", ("((r - mean) / (mean + EPS)).flatten()", "(r / (mean + EPS) - 1).flatten()"), CORE),
+    ("maxrl: all-wrong groups at A = -1", ("((r - mean) / (mean + EPS)).flatten()", "(r / (mean + EPS) - 1).flatten()"),
+     CORE),
     ("focal: p for 1 - p", ("(1 - c / group_size) ** focal_gamma", "(c / group_size) ** focal_gamma"), CORE),
     # --- input that must not pass
     ("a **kwargs that swallows misspelt options",
-     ('beta=0.0, agg="seq_mean"):\n    """GRPO (arXiv', 'beta=0.0, agg="seq_mean", **unused):\n    """GRPO (arXiv'), CARE),
-    ("group_size that does not divide is accepted", ("if group_size < 1 or len(x) % group_size:", "if group_size < 1:"), CARE),
+     ('beta=0.0, agg="seq_mean"):\n    """GRPO (arXiv', 'beta=0.0, agg="seq_mean", **unused):\n    """GRPO (arXiv'),
+     CARE),
+    ("group_size that does not divide is accepted", ("if group_size < 1 or len(x) % group_size:", "if group_size < 1:"),
+     CARE),
     ("positive log-probabilities are accepted", ("= x > 1e-4\n", "= x > 1e9\n"), CARE),
     ("a mask of 0.5 is accepted", ("mask != generated,", "mask < 0,"), CARE),
     ("k above the group size is accepted", ("if not 1 <= k <= group_size:", "if k < 1:"), CARE),
@@ -237,7 +255,8 @@ def grade(job):
     os.environ |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "TOKENIZERS_PARALLELISM": "false"}
     os.environ.pop("IMPL", None)
     os.chdir(folder)
-    sys.path[:] = [str(folder)] + [path for path in sys.path if Path(path or ".").resolve() not in (REPO, REPO / "tests")]
+    elsewhere = [path for path in sys.path if Path(path or ".").resolve() not in (REPO, REPO / "tests")]
+    sys.path[:] = [str(folder), *elsewhere]
     recorder, output = Recorder(), io.StringIO()
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         options = ["-x", "-q", "--tb=line", "--assert=plain", "-p", "no:cacheprovider",
@@ -300,7 +319,8 @@ def main(words):
                     sys.exit(f"mutants.py: {file}, mutant '{name}' could not be graded:\n{output}")
                 if first is None:
                     survivors.append(f"{file}: {name}")
-                print(f"{file}: {name}\n    " + ("SURVIVES" if first is None else f"{first[0]}\n    {first[1]}"), flush=True)
+                said = "SURVIVES" if first is None else f"{first[0]}\n    {first[1]}"
+                print(f"{file}: {name}\n    {said}", flush=True)
     print(f"{len(chosen)} mutants, {len(chosen) - len(survivors)} killed, in {time.time() - began:.0f} s.")
     if survivors:
         print("These survive: " + "; ".join(survivors))

@@ -12,9 +12,10 @@ its own tests by name and no others. Every test is marked
     care    what real batches need besides: padding, empty rows and masks, dtypes, errors in words, stats
 
 and its id begins with the function that it grades, in a bracket: -k "[grpo" takes grpo and leaves dr_grpo out (and
--k "[diffsmooth and not reward" takes diffsmooth alone). No core test of one function calls another one of yours. A failure is a sentence that says what is wrong; where the numbers are
-those of a well-known bug, it names the bug: the grader keeps a second implementation in plain Python lists and loops
-(`oracle`), which can also make each of the mistakes (`mistakes`).
+-k "[diffsmooth and not reward" takes diffsmooth alone). No core test of one function calls another one of yours. A
+failure is a sentence that says what is wrong; where the numbers are those of a well-known bug, it names the bug: the
+grader keeps a second implementation in plain Python lists and loops (`oracle`), which can also make each of the
+mistakes (`mistakes`). "Or:" joins bugs that the numbers of that one test cannot tell apart.
 
 Four kinds of test: worked numbers that can be redone on paper; comparison with the oracle, on a ragged random batch,
 token by token; exact expected gradients, by going through every possible group of a softmax policy; and properties:
@@ -59,7 +60,8 @@ ALL = {"reinforce": {}, "rloo": {}, "grpo": {}, "dr_grpo": dict(max_len=10), "da
        "entropy": dict(entropy_coef=0.05), "diffsmooth": dict(DS, agg="seq_mean"),
        "diffsmooth_reward": dict(DS, agg="token_mean"), "unlikeliness": {}, "passk": dict(k=2), "pkpo": dict(k=2),
        "w_reinforce": {}, "maxrl": {}, "ucpo": {}, "focal": {}, "sft": {}, "rft": {}}
-CLIPPED = ["grpo", "entropy", "diffsmooth", "diffsmooth_reward", "unlikeliness", "passk", "pkpo", "w_reinforce", "maxrl",
+CLIPPED = ["grpo", "entropy", "diffsmooth", "diffsmooth_reward", "unlikeliness", "passk", "pkpo", "w_reinforce",
+           "maxrl",
            "ucpo", "focal"]                            # these take clip_low, clip_high, beta and agg
 AGGREGATOR = {"reinforce": "seq_sum", "rloo": "seq_sum", "dr_grpo": "seq_const", "dapo": "token_mean",
               "cispo": "token_mean", "sft": "token_mean", "rft": "token_mean"}      # of those that have no choice
@@ -81,7 +83,8 @@ def of(*names):
 def cases(arguments, rows):
     """A table of cases whose first column is the function graded; the id is that and the second column."""
     def said(x):
-        return ",".join(f"{k}={v}" for k, v in x.items()) or "defaults" if isinstance(x, dict) else str(x).replace(" ", "")
+        return ",".join(f"{k}={v}" for k, v in x.items()) or "defaults" if isinstance(x, dict) else str(x).replace(" ",
+                                                                                                                   "")
     return pytest.mark.parametrize(arguments, rows, ids=[f"{row[0]}-{said(row[1])}" for row in rows])
 
 
@@ -104,12 +107,13 @@ def near(actual, expected, atol=1e-7, rtol=1e-5):
 
 
 def shown(x):
-    numbers = ", ".join(f"{v:.7g}" if abs(v) > 1e-12 else "0" for v in x.flatten()[:8].tolist()) + (", ..." if x.numel() > 8 else "")
+    numbers = ", ".join(f"{v:.7g}" if abs(v) > 1e-12 else "0" for v in x.flatten()[:8].tolist())
+    numbers += ", ..." if x.numel() > 8 else ""
     return numbers if x.dim() == 0 else f"[{numbers}]"
 
 
 def check(what, actual, expected, atol=1e-7, rtol=1e-5, bugs=None):
-    """Numbers agree, or the test fails in words. bugs: {a mistake: the number that it gives}, or a call that makes one."""
+    """Numbers agree, or the test fails in words. bugs: {a mistake: the number that it gives}, or a call for it."""
     __tracebackhide__ = True
     actual, expected = (torch.as_tensor(x, dtype=F64).detach() for x in (actual, expected))
     if near(actual, expected, atol, rtol):
@@ -164,7 +168,7 @@ def make_batch(rewards, G, old_logp, mask=None, **more):
 
 
 def advantages(name, rewards, group_size, old_logp=None, mask=None, **options):
-    """A (B,), read off the on-policy gradient, which is -A_i / B a row under seq_mean, and for one-token answers always."""
+    """A (B,), read off the on-policy gradient, -A_i / B a row under seq_mean and for one-token answers."""
     __tracebackhide__ = True
     old = torch.full((len(rewards), 1), -0.7, dtype=F64) if old_logp is None else old_logp
     return -run_batch(name, make_batch(rewards, group_size, old, mask), **options)[1].sum(1) * len(rewards)
@@ -248,7 +252,7 @@ def normalised(r, everyone=(), bug=None):
 
 def oracle_advantages(name, r, S, n, o, everyone=(), bug=None):
     """One group. r rewards, S summed old log-probabilities, n lengths, o options; bug: a mistake to make."""
-    G, M = len(r), [s / max(length, 1) for s, length in zip(S, n)]
+    G, M = len(r), [s / max(length, 1) for s, length in zip(S, n)]              # n holds the divisors
     good = [x > 0 if bug == "correct read as r > 0" else x == 1 for x in r]
     c, mean = sum(good), sum(r) / len(r)
     grpo = normalised(r, everyone, bug)
@@ -330,14 +334,16 @@ def oracle(name, o, batch, bug=None):
     if name in ("reinforce", "rloo"):
         r = [r[i] - beta * sum(old[i][t] - ref[i][t] for t in tokens[i]) for i in range(B)]
     groups = [[*range(g, g + G)] for g in range(0, B, G)]
-    if bug == "groups interleaved: every so-manieth row for neighbours":
+    if bug == "groups interleaved, where a prompt's rows are neighbours":
         groups = [[*range(g, B, B // G)] for g in range(B // G)]
     A = [0.0] * B
     for rows in groups:
-        its = oracle_advantages(name, [r[i] for i in rows], [S[i] for i in rows], [n[i] for i in rows], o, r, bug)
+        divisors = [T if bug == "the mean of log pi over the padded width" else n[i] for i in rows]
+        its = oracle_advantages(name, [r[i] for i in rows], [S[i] for i in rows], divisors, o, r, bug)
         for i, a in zip(rows, its):
             A[i] = a
-    used = [i for i in range(B) if n[i] > 0 and (name != "rft" or r[i] == 1)]
+    kept = [name != "rft" or x == 1 or (bug == "correct read as r > 0" and x > 0) for x in r]
+    used = [i for i in range(B) if n[i] > 0 and kept[i]]
     counted = sum(n) if bug == "divided by all tokens" else sum(n[i] for i in used)
     agg = o.get("agg", AGGREGATOR.get(name, "seq_mean"))
     low, high = 1 - o.get("clip_low", .2), 1 + o.get("clip_high", .2)
@@ -382,12 +388,15 @@ def oracle(name, o, batch, bug=None):
 
 
 BUGS = ["std with ddof 1", "std over the batch instead of the group", "mean and std over the batch",
-        "groups interleaved: every so-manieth row for neighbours", "correct read as r > 0", "the sign of the loss flipped",
+        "groups interleaved, where a prompt's rows are neighbours", "correct read as r > 0", "the sign of the loss flipped",
         "the clip on the wrong side: max for min", "the clip whatever the sign of A", "the ratio upside down",
         "the stop token left out of the mask", "padding counted like tokens", "divided by the padded width",
-        "the smoothing term added before normalisation", "logp for old_logp in log pi", "log pi summed over padding too",
-        "the reward's mean taken off without the smoothing term", "divided by the std", "the KL by k1", "the KL by k2",
-        "the KL's direction flipped", "the answer's own reward in its baseline", "GRPO's advantages, its own idea missing",
+        "the smoothing term added before normalisation", "logp for old_logp in log pi",
+        "log pi summed over padding too",
+        "the mean of log pi over the padded width", "the reward's mean taken off without the smoothing term",
+        "divided by the std", "the KL by k1", "the KL by k2",
+        "the KL's direction flipped", "the answer's own reward in its baseline",
+        "GRPO's advantages, its own idea missing",
         "mean of the token ratios", "product of the token ratios", "a weight that is not detached",
         "ranks by the sum of log-probabilities", "ranks the other way round (0 = most likely)",
         "the sorting order (one argsort) for the rank", "the likelihood q from the sum of log-probabilities",
@@ -401,6 +410,12 @@ def other_options(name, o):
     found = {"no clip": dict(clip_low=INF, clip_high=INF), "only the upper bound clipped": dict(clip_low=INF),
              "only the lower bound clipped": dict(clip_high=INF),
              "clip_low and clip_high swapped": dict(clip_low=high, clip_high=low)}
+    if name == "dapo":
+        found["GRPO's upper clip, 0.2"] = dict(clip_high=.2)
+    if name == "gspo":
+        found["GRPO's clips, 0.2"] = dict(clip_low=.2, clip_high=.2)
+    if name == "grpo":
+        found["DAPO's upper clip, 0.28"] = dict(clip_high=.28)
     if name == "cispo":
         found |= {"clip_high read as the cap itself": dict(clip_high=high - 1), "a floor of 0.8": dict(clip_low=.2)}
     if agg != "token_mean":
@@ -412,7 +427,8 @@ def other_options(name, o):
     if "gamma_p" in o:
         p, n = o["gamma_p"], o["gamma_n"]
         found |= {"gammas swapped": dict(gamma_p=n, gamma_n=p), "sign of gamma_p flipped": dict(gamma_p=-p),
-                  "sign of gamma_n flipped": dict(gamma_n=-n), "signs of both gammas flipped": dict(gamma_p=-p, gamma_n=-n),
+                  "sign of gamma_n flipped": dict(gamma_n=-n),
+                  "signs of both gammas flipped": dict(gamma_p=-p, gamma_n=-n),
                   "a smoothing term that is silently zero": dict(gamma_p=0, gamma_n=0),
                   "mean and sum over tokens exchanged in log pi":
                       dict(reduction="mean" if o["reduction"] == "sum" else "sum")}
@@ -443,11 +459,13 @@ def check_batch(what, name, batch, expected, expected_gradient=None, atol=1e-7, 
     expected_gradient = oracle(name, options, batch)[1] if expected_gradient is None else expected_gradient
     if near(loss, tensor(expected), atol, rtol) and near(gradient, tensor(expected_gradient), 1e-7, 1e-5):
         return
-    made = mistakes(name, options, batch)
-    same_loss = {bug for bug, (value, _) in made.items() if near(loss, tensor(value))}
-    same_gradient = {bug for bug, (_, g) in made.items() if near(gradient, tensor(g))}
-    guess = (same_loss & same_gradient) or (same_loss if near(gradient, tensor(expected_gradient), 1e-7, 1e-5)
-                                            else same_gradient)
+    made, (right, right_gradient) = mistakes(name, options, batch), map(tensor, oracle(name, options, batch))
+    same_loss = {bug for bug, (value, _) in made.items() if near(loss, tensor(value)) and not near(tensor(value), right)}
+    same_gradient = {bug for bug, (_, g) in made.items()
+                     if near(gradient, tensor(g)) and not near(tensor(g), right_gradient)}
+    guess = same_loss & same_gradient or same_gradient or same_loss
+    if near(gradient, tensor(expected_gradient), 1e-7, 1e-5):                   # only the value is wrong
+        guess = same_loss
     check(f"{what}: loss", loss, expected, atol, rtol, dict.fromkeys(guess, loss))
     check(f"{what}: gradient, token by token", gradient, expected_gradient, bugs=dict.fromkeys(guess, gradient))
 
@@ -462,11 +480,12 @@ def check_batch(what, name, batch, expected, expected_gradient=None, atol=1e-7, 
 @of("group_advantages")
 def test_normalised_rewards(name, rewards, G, expected):
     """(1, 0, 0, 0): mean .25, population std .4330: .75/.433014 = 1.732047, -.577349. With ddof 1: 1.5, -.5."""
-    everyone, groups = [float(x) for x in rewards], [rewards[i:i + G] for i in range(0, len(rewards), G)]
-    made = lambda: {bug: [a for r in groups for a in normalised(r, everyone, bug)] for bug in BUGS[:3]} \
-        | {"the std missing": [x - sum(r) / G for r in groups for x in r]}
+    P, groups = len(rewards) // G, [rewards[i:i + G] for i in range(0, len(rewards), G)]
+    bugs = {bug: [a for r in groups for a in normalised(r, rewards, bug)] for bug in BUGS[:3]}
+    bugs["the std missing"] = [x - sum(r) / G for r in groups for x in r]
+    bugs[BUGS[3]] = tensor([normalised(rewards[i::P]) for i in range(P)]).T.flatten()       # interleaved
     check(f"group_advantages of {rewards} in groups of {G}", L.group_advantages(tensor(rewards), G), expected, 6e-7,
-          bugs=made)
+          bugs=bugs)
 
 
 @core
@@ -522,6 +541,65 @@ def test_kl_in_expectation(name, kind, value, slope):
     check(f"expected gradient of {kind} in the logits", g, slope, 6e-6, bugs={"k2": [.16604, -.06448, -.10156]})
 
 
+# ============================================================================ core: the batch of eight, end to end
+
+WORKED_NUMBERS = {  # label: (options, on-policy loss, loss, d loss / d logp summed over each row x 1000)
+    "reinforce": ({}, .875, .843750, (-125, -250, 0, 0, -375, 0, 0, 0)),
+    "rloo": ({}, .135417, .100000, (-83.33, -166.67, 250, 166.67, -375, 83.33, 41.67, 125)),
+    "rloo, beta .04": (dict(beta=.04), .129833, .094967, (-84.67, -166.67, 254, 166.67, -372, 82.67, 40, 128)),
+    "grpo": ({}, 0, -.013150, (0, -113.10, 139.99, 0, -227.61, 107.66, 0, 72.17)),
+    "grpo, beta .04": (dict(beta=.04), .000749, -.011225, (1.97, -112.63, 141.24, -.53, -226.50, 109.92, -1.11, 73.07)),
+    "dr_grpo": (dict(max_len=10), .003125, .003821, (0, -11.31, 21.00, 0, -29.57, 9.32, 0, 9.375)),
+    "dapo": ({}, .015762, .019069, (0, -106.45, 197.64, 0, -321.33, 101.33, 0, 101.89)),
+    "gspo": ({}, 0, .060340, (0, -113.10, 138.15, 0, 0, 107.66, 0, 72.17)),
+    "cispo": ({}, .144501, .207739, (-79.40, -106.45, 197.64, 87.15, -321.33, 101.33, 22.77, 101.89)),
+    "entropy": (dict(entropy_coef=1e-3), -.000800, -.013950, (0, -113.10, 139.99, 0, -227.61, 107.66, 0, 72.17)),
+    "diffsmooth, sum": (dict(DS, agg="seq_mean"), -.015000, -.028974,
+                        (0, -119.89, 143.14, 0, -245.35, 109.53, 0, 73.11)),
+    "diffsmooth, sum, token_mean": (dict(DS, agg="token_mean"), -.004238, .003045, None),
+    "diffsmooth, mean": (dict(DS, reduction="mean", agg="seq_mean"), -.005625, -.019412,
+                         (0, -116.50, 141.04, 0, -233.52, 108.60, 0, 72.48)),
+    "diffsmooth, DS-Positive": (dict(DS, gamma_n=0.0, agg="seq_mean"), -.026250, -.039927,
+                                (0, -119.89, 139.99, 0, -245.35, 107.66, 0, 72.17)),
+    "diffsmooth, DS-Negative": (dict(DS, gamma_p=0.0, agg="seq_mean"), .011250, -.002198,
+                                (0, -113.10, 143.14, 0, -227.61, 109.53, 0, 73.11)),
+    "diffsmooth_reward, mean": (dict(DS, reduction="mean", agg="token_mean"), None, .016602,
+                                (0, -55.95, 101.17, 0, -146.21, 45.96, 0, 45.77)),
+    "diffsmooth_reward, sum": (dict(DS, agg="token_mean"), None, .014424,
+                               (0, -59.28, 103.88, 0, -159.20, 50.35, 0, 50.18)),
+    "unlikeliness": ({}, 0, -.007789, (0, -128.61, 139.29, 0, -227.61, 107.66, 0, 72.17)),
+    "passk": (dict(k=2), 0, -.004585, (0, -50.58, 62.61, 0, -131.41, 62.16, 0, 41.67)),
+    "pkpo": (dict(k=2), -.583333, -.613624, (0, -150.81, 0, 0, -262.82, 0, 0, 0)),
+    "w_reinforce": ({}, .587500, .612021, (0, -11.31, 139.99, 0, -13.14, 186.48, 0, 125)),
+    "maxrl": ({}, 0, -.005859, (0, -113.10, 139.99, 0, -394.23, 186.48, 0, 125)),
+    "ucpo": ({}, 0, -.011343, (0, -118.64, 139.99, 0, -227.61, 107.66, 0, 72.17)),
+    "focal": ({}, 0, -.007716, (0, -79.98, 98.99, 0, -197.11, 93.24, 0, 62.50)),
+    "sft": ({}, .941176, .920588, tuple(-1000 / 17 * n for n in (1, 2, 3, 2, 3, 2, 1, 3))),
+    "rft": ({}, 1.166667, 1.125000, (-166.67, -333.33, 0, 0, -500, 0, 0, 0)),
+}
+
+
+@core
+@pytest.mark.parametrize("label", WORKED_NUMBERS)
+def test_worked_batch(label):
+    """`worked_batch`. rft by hand: rows 1, 2, 5 are kept, 6 tokens; .2 + 2 * 1.1 + 3 * 1.45 = 6.75; / 6 = 1.125.
+
+    grpo, row 8: A = -.577349, ratio 1, three tokens of 1/(8 * 3) each: 3 * .577349 / 24 = .07217; row 3, A = -.999998:
+    ratios e^.1, e^-.1, e^.3, so 46.05, 37.70, 56.24 thousandths.
+    """
+    name, (options, on_policy, loss, rows) = label.split(",")[0], WORKED_NUMBERS[label]
+    on = SimpleNamespace(**dict(vars(WORKED), logp=WORKED.old_logp))
+    check_batch(f"{label}: the worked batch", name, WORKED, loss, atol=6e-7, rtol=0, **options)
+    if on_policy is not None:
+        check_batch(f"{label}: the worked batch with logp = old_logp", name, on, on_policy, atol=6e-7, rtol=0,
+                    **options)
+    if rows is not None:
+        gradient = run_batch(name, WORKED, **options)[1]
+        check(f"{label}: gradient summed over each row x 1000", 1000 * gradient.sum(1), rows, 6e-3, 0)
+
+
+# ===================================================================== core: aggregators and clips
+
 AGG = [("w_reinforce", dict(w_pos=1.0, w_neg=1.0, agg="seq_mean"), 0.0),
        ("w_reinforce", dict(w_pos=1.0, w_neg=1.0, agg="token_mean"), .5),
        ("w_reinforce", dict(w_pos=1.0, w_neg=1.0, agg="seq_sum"), 2.0), ("grpo", dict(agg="seq_mean"), 0.0),
@@ -540,7 +618,8 @@ def test_aggregators(name, options, expected):
     mask = torch.arange(7) < torch.tensor([[2], [6]])
     batch = make_batch([1, 0], 2, torch.full((2, 7), -0.5, dtype=F64), mask)
     agg = options.get("agg", AGGREGATOR.get(name, "seq_mean"))
-    check_batch(f"{name} aggregates by {agg}: lengths 2 and 6, A = +1 and -1", name, batch, expected, atol=6e-7, **options)
+    check_batch(f"{name} aggregates by {agg}: lengths 2 and 6, A = +1 and -1", name, batch, expected, atol=6e-7,
+                **options)
 
 
 CLIP = [(+1, 1.5, .2, -1.2, 0), (+1, 1.5, .28, -1.28, 0), (+1, .5, .2, -.5, -.5), (+1, 1.1, .2, -1.1, -1.1),
@@ -637,7 +716,8 @@ def test_smoothed_advantages(name, rewards, expected):
 
     r = (1, 1, 0, 0): 1.3, 1.6, -1.1, -1.2. In the reward form (Eq. 4) r' = 1.3, 1.6, -.1, -.2 minus their mean .65.
     """
-    check_advantages(f"{name}: advantages of rewards {rewards} at log pi = -10, -20, -10, -20", name, rewards, 4, expected,
+    check_advantages(f"{name}: advantages of rewards {rewards} at log pi = -10, -20, -10, -20", name, rewards, 4,
+                     expected,
                      column(LOG_PI), **ALL[name])
 
 
@@ -647,7 +727,8 @@ def test_smoothed_advantages(name, rewards, expected):
 def test_smoothing_by_sum_and_by_mean(name, reduction, right, wrong):
     """Two tokens of -1 each: their sum is -2, their mean -1. r = (1, 1, 0, 0), gammas .03, .01."""
     check_advantages(f"{name}, reduction {reduction}, two tokens of -1", name, [1, 1, 0, 0], 4,
-                     [right, right, wrong, wrong], torch.full((4, 2), -1.0, dtype=F64), reduction=reduction, gamma_p=.03,
+                     [right, right, wrong, wrong], torch.full((4, 2), -1.0, dtype=F64), reduction=reduction,
+                     gamma_p=.03,
                      gamma_n=.01, agg="seq_mean")
 
 
@@ -682,7 +763,8 @@ def test_one_gamma_moves_one_kind_of_answer(name, gamma_p, gamma_n, moves):
                           agg="seq_mean") for p, n in ((gamma_p, gamma_n), (0.0, 0.0)))
     moved = on - off
     sign = "gamma_p" if gamma_p else "gamma_n"
-    check(f"{name}, gammas {gamma_p} and {gamma_n}: what is added to GRPO's advantages (the rarer moves by more)", moved,
+    check(f"{name}, gammas {gamma_p} and {gamma_n}: what is added to GRPO's advantages (the rarer moves by more)",
+          moved,
           moves, bugs={f"sign of {sign} flipped": -tensor(moves), "gammas swapped": [.1 * x for x in
                                                                 ((0, 0, -5, -9, -7) if gamma_p else (5, 9, 0, 0, 0))],
                        "a smoothing term that is silently zero": [0] * 5})
@@ -717,7 +799,7 @@ def test_correct_means_a_reward_of_one(name, rewards):
 @core
 @of("unlikeliness")
 def test_unlikeliness_ranks(name):
-    """M = (-.1, -.5, -.3, -.9): ranks 3, 1, 2, 0 (0 = least likely); r' = 1 - .25 * 3/4 = .8125, 1 - .25/4 = .9375, 0, 0.
+    """M = (-.1, -.5, -.3, -.9): ranks 3, 1, 2, 0 (0 = least likely); r' = 1 - .25 * 3/4 = .8125, .9375, 0, 0.
 
     There the sorting order happens to equal the ranks. M = (-.3, -.5, -.1, -.9) has ranks 2, 1, 3, 0, order 3, 1, 0, 2.
     """
@@ -781,7 +863,8 @@ def test_geometric_mean_of_the_ratios(name, repeat):
     batch = make_batch([1, 0], 2, old, logp=old + tensor([[.1, -.1, .3], [0, 0, 0]]).repeat(1, repeat))
     a = 1 / (1 + 2e-6)
     slopes = [[-1.105171 * a / 2 / (3 * repeat)] * 3 * repeat, [a / 2 / (3 * repeat)] * 3 * repeat]
-    check_batch(f"{name}, log-ratios .1, -.1, .3{' repeated' * (repeat - 1)}", name, batch, (a - 1.105171 * a) / 2, slopes,
+    check_batch(f"{name}, log-ratios .1, -.1, .3{' repeated' * (repeat - 1)}", name, batch, (a - 1.105171 * a) / 2,
+                slopes,
                 atol=6e-7, clip_low=5.0, clip_high=5.0)
 
 
@@ -818,60 +901,7 @@ def test_imitation_by_hand(name, loss, gradient):
     check_batch(f"{name}: logp (-1, -2) correct, (-3) wrong", name, IMITATED, loss, gradient)
 
 
-# ============================================================================ core: the batch of eight, end to end
-
-WORKED_NUMBERS = {  # label: (options, on-policy loss, loss, d loss / d logp summed over each row x 1000)
-    "reinforce": ({}, .875, .843750, (-125, -250, 0, 0, -375, 0, 0, 0)),
-    "rloo": ({}, .135417, .100000, (-83.33, -166.67, 250, 166.67, -375, 83.33, 41.67, 125)),
-    "rloo, beta .04": (dict(beta=.04), .129833, .094967, (-84.67, -166.67, 254, 166.67, -372, 82.67, 40, 128)),
-    "grpo": ({}, 0, -.013150, (0, -113.10, 139.99, 0, -227.61, 107.66, 0, 72.17)),
-    "grpo, beta .04": (dict(beta=.04), .000749, -.011225, (1.97, -112.63, 141.24, -.53, -226.50, 109.92, -1.11, 73.07)),
-    "dr_grpo": (dict(max_len=10), .003125, .003821, (0, -11.31, 21.00, 0, -29.57, 9.32, 0, 9.375)),
-    "dapo": ({}, .015762, .019069, (0, -106.45, 197.64, 0, -321.33, 101.33, 0, 101.89)),
-    "gspo": ({}, 0, .060340, (0, -113.10, 138.15, 0, 0, 107.66, 0, 72.17)),
-    "cispo": ({}, .144501, .207739, (-79.40, -106.45, 197.64, 87.15, -321.33, 101.33, 22.77, 101.89)),
-    "entropy": (dict(entropy_coef=1e-3), -.000800, -.013950, (0, -113.10, 139.99, 0, -227.61, 107.66, 0, 72.17)),
-    "diffsmooth, sum": (dict(DS, agg="seq_mean"), -.015000, -.028974, (0, -119.89, 143.14, 0, -245.35, 109.53, 0, 73.11)),
-    "diffsmooth, sum, token_mean": (dict(DS, agg="token_mean"), -.004238, .003045, None),
-    "diffsmooth, mean": (dict(DS, reduction="mean", agg="seq_mean"), -.005625, -.019412,
-                         (0, -116.50, 141.04, 0, -233.52, 108.60, 0, 72.48)),
-    "diffsmooth, DS-Positive": (dict(DS, gamma_n=0.0, agg="seq_mean"), -.026250, -.039927,
-                                (0, -119.89, 139.99, 0, -245.35, 107.66, 0, 72.17)),
-    "diffsmooth, DS-Negative": (dict(DS, gamma_p=0.0, agg="seq_mean"), .011250, -.002198,
-                                (0, -113.10, 143.14, 0, -227.61, 109.53, 0, 73.11)),
-    "diffsmooth_reward, mean": (dict(DS, reduction="mean", agg="token_mean"), None, .016602,
-                                (0, -55.95, 101.17, 0, -146.21, 45.96, 0, 45.77)),
-    "diffsmooth_reward, sum": (dict(DS, agg="token_mean"), None, .014424,
-                               (0, -59.28, 103.88, 0, -159.20, 50.35, 0, 50.18)),
-    "unlikeliness": ({}, 0, -.007789, (0, -128.61, 139.29, 0, -227.61, 107.66, 0, 72.17)),
-    "passk": (dict(k=2), 0, -.004585, (0, -50.58, 62.61, 0, -131.41, 62.16, 0, 41.67)),
-    "pkpo": (dict(k=2), -.583333, -.613624, (0, -150.81, 0, 0, -262.82, 0, 0, 0)),
-    "w_reinforce": ({}, .587500, .612021, (0, -11.31, 139.99, 0, -13.14, 186.48, 0, 125)),
-    "maxrl": ({}, 0, -.005859, (0, -113.10, 139.99, 0, -394.23, 186.48, 0, 125)),
-    "ucpo": ({}, 0, -.011343, (0, -118.64, 139.99, 0, -227.61, 107.66, 0, 72.17)),
-    "focal": ({}, 0, -.007716, (0, -79.98, 98.99, 0, -197.11, 93.24, 0, 62.50)),
-    "sft": ({}, .941176, .920588, tuple(-1000 / 17 * n for n in (1, 2, 3, 2, 3, 2, 1, 3))),
-    "rft": ({}, 1.166667, 1.125000, (-166.67, -333.33, 0, 0, -500, 0, 0, 0)),
-}
-
-
-@core
-@pytest.mark.parametrize("label", WORKED_NUMBERS)
-def test_worked_batch(label):
-    """`worked_batch`. rft by hand: rows 1, 2, 5 are kept, 6 tokens; .2 + 2 * 1.1 + 3 * 1.45 = 6.75; / 6 = 1.125.
-
-    grpo, row 8: A = -.577349, ratio 1, three tokens of 1/(8 * 3) each: 3 * .577349 / 24 = .07217; row 3, A = -.999998:
-    ratios e^.1, e^-.1, e^.3, so 46.05, 37.70, 56.24 thousandths.
-    """
-    name, (options, on_policy, loss, rows) = label.split(",")[0], WORKED_NUMBERS[label]
-    on = SimpleNamespace(**dict(vars(WORKED), logp=WORKED.old_logp))
-    if on_policy is not None:
-        check_batch(f"{label}: the worked batch with logp = old_logp", name, on, on_policy, atol=6e-7, rtol=0, **options)
-    check_batch(f"{label}: the worked batch", name, WORKED, loss, atol=6e-7, rtol=0, **options)
-    if rows is not None:
-        gradient = run_batch(name, WORKED, **options)[1]
-        check(f"{label}: gradient summed over each row x 1000", 1000 * gradient.sum(1), rows, 6e-3, 0)
-
+# ============================================================================ core: comparison with the oracle
 
 @core
 @of("dapo")
@@ -882,7 +912,8 @@ def test_one_mean_over_all_tokens(name):
               for rows in (slice(0, 4), slice(4, 8))]
     whole, gradient, _ = run_batch(name, W)
     check(f"{name}: the worked batch", whole, .019069, 6e-7, 0, bugs={"mean of two micro-batch means": .030997})
-    check(f"{name}: the halves weighted by their tokens, 8 and 9 of 17", (8 * halves[0][0] + 9 * halves[1][0]) / 17, whole)
+    check(f"{name}: the halves weighted by their tokens, 8 and 9 of 17", (8 * halves[0][0] + 9 * halves[1][0]) / 17,
+          whole)
     check(f"{name}: gradients of the halves, rescaled to the whole",
           torch.cat([halves[0][1] * 8 / 17, halves[1][1] * 9 / 17]), gradient)
 
@@ -959,7 +990,8 @@ def test_advantages_same_as(name, options, factor, other, its_options):
     """rloo = G/(G-1) dr_grpo; pkpo(k=1) has A = r; w_reinforce is reinforce with the baseline w_neg/(w_pos + w_neg)."""
     batch = make_batch(RAGGED.rewards, 4, torch.full((20, 1), -.7, dtype=F64))
     expected = -factor * 20 * tensor(oracle(other, its_options, batch)[1]).sum(1)
-    check_advantages(f"{name} with {options}: advantages are {factor:.4g} times those of {other} with {its_options}", name,
+    check_advantages(f"{name} with {options}: advantages are {factor:.4g} times those of {other} with {its_options}",
+                     name,
                      RAGGED.rewards, 4, expected, **options)
 
 
@@ -976,7 +1008,7 @@ def test_gradient_on_policy(name):
 @core
 @of("grpo")
 def test_loss_on_policy_is_zero_and_still_teaches(name):
-    """seq_mean with A summing to 0: the loss is 0, the gradient is not. By token_mean with unequal lengths it is not 0."""
+    """seq_mean with A summing to 0: the loss is 0, the gradient is not. By token_mean it need not be."""
     on = SimpleNamespace(**dict(vars(WORKED), logp=WORKED.old_logp))
     loss, g, _ = run_batch(name, on)
     check(f"on-policy, {name}'s loss by seq_mean", loss, 0,
@@ -1004,7 +1036,7 @@ def test_sum_of_the_advantages_of_a_group(name):
 # ============================================== core: exact expected gradients, over every group of a small policy
 
 class Toy:
-    """A softmax over V = 5 one-token answers, two of them correct; every group of G = 3 answers with its probability."""
+    """A softmax over V = 5 one-token answers, two of them correct; all groups of G = 3 with their chance."""
     G, V = 3, 5
     logits = tensor([.3, -.5, .9, 0, -1.2])
     correct = tensor([0, 1, 0, 1, 0])
@@ -1072,14 +1104,14 @@ EXACT = {  # label: (loss, options, what it climbs)
 @core
 @pytest.mark.parametrize("label", EXACT)
 def test_expected_gradient(label):
-    """The average over every possible group of 3 answers is minus the gradient of the objective that the paper names."""
+    """The average over every possible group of 3 answers is minus the gradient of the paper's objective."""
     options, objective = EXACT[label]
     gradient = exact_gradient(objective)
     check(label, expected_gradient(label.split()[0], **options), -gradient, 2e-6, bugs={"the wrong sign": gradient})
 
 
 def smoothing_objective(gamma_p, gamma_n):
-    """gamma_p (H_C + p) + gamma_n (p - H_W), H_C = -sum of pi log pi over the correct answers, H_W over the wrong ones."""
+    """gamma_p (H_C + p) + gamma_n (p - H_W), H_C = -sum of pi log pi over the correct, H_W over the wrong."""
     def objective(pi):
         H_C, H_W = -(pi * pi.log() * Toy.correct).sum(), -(pi * pi.log() * (1 - Toy.correct)).sum()
         return gamma_p * (H_C + success(pi)) + gamma_n * (success(pi) - H_W)
@@ -1095,10 +1127,13 @@ def test_expected_gradient_of_the_smoothing_term(name, gamma_p, gamma_n):
                for p, n in ((gamma_p, gamma_n), (0, 0)))
     added = on - off
     of_gammas = lambda p, n: -exact_gradient(smoothing_objective(p, n))
-    check(f"{name}, gammas {gamma_p}, {gamma_n}: what the term adds to the expected gradient", added, of_gammas(gamma_p, gamma_n),
-          bugs={"signs of both gammas flipped": of_gammas(-gamma_p, -gamma_n), "gammas swapped": of_gammas(gamma_n, gamma_p),
+    check(f"{name}, gammas {gamma_p}, {gamma_n}: what the term adds to the expected gradient", added,
+          of_gammas(gamma_p, gamma_n),
+          bugs={"signs of both gammas flipped": of_gammas(-gamma_p, -gamma_n),
+                "gammas swapped": of_gammas(gamma_n, gamma_p),
                 "sign of gamma_p flipped": of_gammas(-gamma_p, gamma_n),
-                "sign of gamma_n flipped": of_gammas(gamma_p, -gamma_n), "a smoothing term that is silently zero": [0] * 5})
+                "sign of gamma_n flipped": of_gammas(gamma_p, -gamma_n),
+                "a smoothing term that is silently zero": [0] * 5})
 
 
 @core
@@ -1149,10 +1184,11 @@ def test_one_step_raises_the_chance_of_a_correct_answer(name):
 @core
 @every
 def test_sign_of_the_gradient(name):
-    """A correct token is pushed up (d loss / d logp < 0); a wrong one is not (>= 0), except by sft, which cannot tell."""
+    """A correct token is pushed up (d loss / d logp < 0); a wrong one is not, except by sft, which cannot tell."""
     batch = make_batch([1, 0, 0, 0, 1, 0], 3, column([-1, -2, -3, -1, -2, -3]))
     g = run_batch(name, batch, **settings(name))[1]
-    claim((g[[0, 4]] < 0).all(), f"{name}: the gradient of a correct answer must be negative, so that descent raises it")
+    claim((g[[0, 4]] < 0).all(),
+          f"{name}: the gradient of a correct answer must be negative, so that descent raises it")
     claim(name == "sft" or (g[[1, 2, 3, 5]] >= 0).all(), f"{name}: the gradient of a wrong answer must not be negative")
 
 
@@ -1223,7 +1259,7 @@ def test_other_groups_rewards_do_not_matter(name):
     """Halving the rewards of group 2 leaves group 1's gradient alone: mean and std are the group's, not the batch's."""
     rewards = RAGGED.rewards.clone()
     rewards[4:8] *= .5
-    check(f"{name}: gradient of group 1 after halving group 2's rewards (mean and std are the group's, not the batch's)",
+    check(f"{name}: gradient of group 1 after halving group 2's rewards (mean and std are the group's own)",
           with_rewards(name, rewards)[:4], with_rewards(name, RAGGED.rewards)[:4])
 
 
@@ -1231,7 +1267,8 @@ def test_other_groups_rewards_do_not_matter(name):
 @of("rloo", "dr_grpo", "grpo", "dapo", "gspo", "cispo", "entropy")
 def test_a_constant_added_to_a_groups_rewards_changes_nothing(name):
     shift = tensor([.5, -2, 3, 0, 1]).repeat_interleave(4)
-    check(f"{name}: gradient after adding a constant to each group's rewards", with_rewards(name, RAGGED.rewards + shift),
+    check(f"{name}: gradient after adding a constant to each group's rewards",
+          with_rewards(name, RAGGED.rewards + shift),
           with_rewards(name, RAGGED.rewards))
 
 
@@ -1265,7 +1302,8 @@ def test_a_group_of_equal_rewards_gives_no_gradient_but_stays_in_the_denominator
 @of(*CLIPPED)
 def test_aggregators_agree_for_equal_lengths(name):
     """All answers of length L: seq_mean = token_mean = seq_sum / L."""
-    batch = make_batch(RAGGED.rewards, 4, RAGGED.old_logp[:, :5], logp=RAGGED.logp[:, :5], entropy=RAGGED.entropy[:, :5])
+    batch = make_batch(RAGGED.rewards, 4, RAGGED.old_logp[:, :5], logp=RAGGED.logp[:, :5],
+                       entropy=RAGGED.entropy[:, :5])
     seq_mean, token_mean, seq_sum = (run_batch(name, batch, **dict(ALL[name], agg=agg))[0]
                                      for agg in ("seq_mean", "token_mean", "seq_sum"))
     check(f"{name}: seq_mean and token_mean for equal lengths", seq_mean, token_mean)
@@ -1283,7 +1321,8 @@ def test_rft_of_correct_answers_only_is_sft(name):
 @of("sft")
 def test_what_sft_does_not_look_at(name):
     """Rewards, group_size and old_logp."""
-    batch = SimpleNamespace(**dict(vars(IMITATED), rewards=tensor([.3, -5]), G=5, old_logp=torch.full((2, 2), -7.0).to(F64)))
+    batch = SimpleNamespace(**dict(vars(IMITATED), rewards=tensor([.3, -5]), G=5,
+                                   old_logp=torch.full((2, 2), -7.0).to(F64)))
     check(f"{name} ignores rewards, group_size and old_logp", run_batch(name, batch)[0], 2.0)
 
 
@@ -1294,22 +1333,24 @@ def test_first_and_last_generated_token_get_gradient(name):
     on = SimpleNamespace(**dict(vars(RAGGED), logp=RAGGED.old_logp))
     g, i = run_batch(name, on, **ALL[name])[1], 3      # row 3: a correct answer of 5 tokens in a mixed group
     claim(g[i, 0] != 0, f"{name}: the first generated token of row {i} gets no gradient; is the mask shifted?")
-    claim(g[i, 4] != 0, f"{name}: the stop token, the last under the mask of row {i}, gets no gradient; is the mask shifted?")
+    claim(g[i, 4] != 0, f"{name}: the stop token, the last of row {i}, gets no gradient; is the mask shifted?")
     check(f"{name}: number of tokens with a gradient in row {i}, which has 5", (g[i] != 0).sum(), 5)
 
 
 @core
 @every
 def test_no_gradient_by_way_of_constants(name):
-    """f(logp, logp) has the gradient of f(logp, logp.detach()): the old weights, and advantages from them, are constants."""
+    """f(logp, logp) has the gradient of f(logp, logp.detach()): the old weights and all from them are constants."""
     W, leaf = WORKED, WORKED.logp.clone().requires_grad_()
-    same, = torch.autograd.grad(getattr(L, name)(leaf, leaf, W.mask, W.rewards, 4, entropy=W.entropy, **ALL[name])[0], leaf)
+    same, = torch.autograd.grad(getattr(L, name)(leaf, leaf, W.mask, W.rewards, 4, entropy=W.entropy, **ALL[name])[0],
+                                leaf)
     apart = run_batch(name, SimpleNamespace(**dict(vars(W), old_logp=W.logp)), **ALL[name])[1]
-    check(f"{name}: gradient with logp itself as old_logp (old_logp, weights and advantages must be detached)", same, apart,
+    check(f"{name}: gradient with logp itself as old_logp (old_logp, weights and advantages must be detached)", same,
+          apart,
           bugs={"old_logp not detached: the ratio is 1 for ever": torch.zeros_like(apart)})
 
 
-# ==================================================================================================== care: the contract
+# =================================================================================================== care: the contract
 
 @care
 @every
@@ -1354,7 +1395,7 @@ def test_misspelt_option_is_refused(name):
 @care
 @every
 def test_nothing_is_written_into_the_arguments(name):
-    """Clones taken before the call equal the arguments after it; mask and rewards may be expanded views of one number."""
+    """Clones taken before the call equal the arguments after it; they may also be expanded views of one number."""
     fields = ("logp", "old_logp", "mask", "rewards", "entropy", "ref_logp")
     given, kept = ({key: getattr(ROUGH, key).clone() for key in fields} for _ in range(2))
     getattr(L, name)(group_size=4, **given, **ALL[name])
@@ -1399,7 +1440,8 @@ def test_float32_mask_of_numbers_and_integer_rewards(name):
     loss, _, _ = run(name, W.logp.float(), W.old_logp.float(), W.mask.int(), W.rewards.long(), 4,
                      entropy=W.entropy.float(), **ALL[name])
     assert loss.dtype == torch.float32, f"{name}: float32 in, so float32 out, not {loss.dtype}"
-    check(f"{name}: loss in float32 with integer mask and rewards", loss, oracle(name, ALL[name], WORKED)[0], 2e-6, 1e-5)
+    check(f"{name}: loss in float32 with integer mask and rewards", loss, oracle(name, ALL[name], WORKED)[0], 2e-6,
+          1e-5)
     loss, _, _ = run(name, W.logp, W.old_logp, W.mask.to(F64), W.rewards, 4, entropy=W.entropy, **ALL[name])
     check(f"{name}: loss with a mask of 0.0 and 1.0", loss, oracle(name, ALL[name], WORKED)[0])
 
@@ -1407,7 +1449,7 @@ def test_float32_mask_of_numbers_and_integer_rewards(name):
 @care
 @of("grpo", "entropy", "dapo", "diffsmooth")
 def test_any_chunking_gives_the_same_update(name):
-    """The chain rule cut at logp: d loss / d logp of the whole batch, pushed through a softmax in chunks of 1, 3, 20 rows.
+    """The chain rule cut at logp: d loss / d logp of the whole batch, pushed through a softmax in chunks of rows.
 
     The gradient of the (B, T) entropies goes the same way.
     """
@@ -1442,13 +1484,14 @@ def test_any_chunking_gives_the_same_update(name):
 @pytest.mark.parametrize("garbage", [NAN, INF, -INF, 1e30])
 @every
 def test_padding_may_hold_anything(name, garbage):
-    """NaN, inf or 1e30 under mask 0 changes nothing and gets gradient 0: replace it before exp, since inf * 0 is NaN."""
+    """NaN, inf or 1e30 under mask 0 changes nothing and gets gradient 0: replace it before exp: inf * 0 is NaN."""
     R, options = ROUGH, dict(ALL[name])
     if "beta" in inspect.signature(getattr(L, name)).parameters:
         options["beta"] = 0.1
 
     def outcome(filler):
-        filled = {key: torch.where(R.mask, getattr(R, key), filler) for key in ("logp", "old_logp", "entropy", "ref_logp")}
+        filled = {key: torch.where(R.mask, getattr(R, key), filler) for key in ("logp", "old_logp", "entropy",
+                                                                                "ref_logp")}
         return run_batch(name, SimpleNamespace(**dict(vars(R), **filled)), **options)
     (clean, clean_g, clean_stats), (loss, g, stats) = outcome(-1.0), outcome(garbage)
     assert not g[~R.mask].any() and g.isfinite().all(), \
@@ -1460,7 +1503,8 @@ def test_padding_may_hold_anything(name, garbage):
 
 
 @care
-@cases("name, options", [(name, dict(options, **(dict(beta=.3) if name in CLIPPED else {}))) for name, options in ALL.items()])
+@cases("name, options", [(name, dict(options, **(dict(beta=.3) if name in CLIPPED else {}))) for name,
+                         options in ALL.items()])
 def test_rough_batch_against_the_oracle(name, options):
     """The ragged batch with NaN in the padding, a row without a token and a reward of .1."""
     filled = {key: getattr(ROUGH, key).nan_to_num(-1) for key in ("logp", "old_logp", "entropy", "ref_logp")}
@@ -1547,7 +1591,7 @@ def test_groups_of_one(name):
 @pytest.mark.parametrize("value", [0.1, 0.3, 0.7, 1 / 3, 0.9])
 @of("group_advantages", "grpo")
 def test_equal_rewards_are_exactly_zero_in_float32(name, value):
-    """In float32 the mean of equal numbers can be off in the last place; divided by 1e-6 that is an advantage of .01."""
+    """In float32 the mean of equal numbers can be off in the last place; divided by 1e-6 that is .01."""
     for G in range(2, 40):
         rewards, old = torch.full((2 * G,), value), torch.full((2 * G, 1), -1.0)
         a = L.group_advantages(rewards, G) if name == "group_advantages" else \
@@ -1703,7 +1747,7 @@ def test_group_sizes_that_a_formula_cannot_take_are_refused(name):
 @care
 @of("maxrl", "unlikeliness")
 def test_negative_rewards_are_refused_where_the_formula_needs_them_positive(name):
-    """MaxRL divides by the mean reward; a likelihood rank that shrinks a reward of -1 would reward the likely mistake."""
+    """MaxRL divides by the mean reward; a rank that shrinks a reward of -1 would reward the likely mistake."""
     refused(f"{name}, rewards of -1", lambda: run_batch(
         name, SimpleNamespace(**dict(vars(RAGGED), rewards=2 * RAGGED.rewards - 1))))
 
@@ -1764,14 +1808,14 @@ def test_clip_frac(name, A, ratio, clip_high, loss, slope):
     old = column([-2, -2])
     logp = old + column([math.log(ratio), 0] if A > 0 else [0, math.log(ratio)])
     stats = run_batch(name, make_batch([1, 0], 2, old, logp=logp), clip_low=.2, clip_high=clip_high)[2]
-    check(f"{name}, A = {A:+d}, ratio {ratio}, clip .2/{clip_high}: stats['clip_frac'] counts tokens whose gradient is cut",
+    check(f"{name}, A = {A:+d}, ratio {ratio}, clip .2/{clip_high}: stats['clip_frac'] (tokens cut)",
           stats["clip_frac"], .5 if slope == 0 else 0)
 
 
 @care
 @cases("name, expected", [("gspo", 7 / 17), ("cispo", 0)])
 def test_clip_frac_of_other_clips(name, expected):
-    """gspo: a cut answer has no gradient on any token: rows 1, 4, 5 and 7, 1 + 2 + 3 + 1 of 17. cispo cuts no gradient."""
+    """gspo: a cut answer has no gradient on any token: rows 1, 4, 5 and 7, 7 tokens of 17. cispo cuts none."""
     check(f"{name}: stats['clip_frac']", run_batch(name, WORKED_NAN)[2]["clip_frac"], expected, 1e-6)
 
 
