@@ -334,7 +334,7 @@ def demonstrations(tokenizer, prompts, answers, stop_id, device):
 # ------------------------------------------------------------------------------- what is said of it
 
 # On the screen, the informative columns first; log.csv has all of them.
-SHOWN = {"step": "5d", "reward": ".3f", "solved": ".2f", "distinct": ".2f", "zero_std_frac": ".2f",
+SHOWN = {"step": "5d", "reward": ".3f", "solved": ".2f", "distinct": ".2f", "equal": ".2f",
          "parsed": ".2f", "length": ".1f", "cut": ".2f", "entropy": ".3f", "grad_norm": ".2f",
          "loss": "+.4f", "tokens_s": ".0f"}
 
@@ -347,10 +347,11 @@ def facts(step, task, problems, rollout, rewards, group_size):
     device = rewards.device
     forms = [task.canonical(text) for text in rollout.texts]                # None where none parses
     right = [form if reward == 1 else None for form, reward in zip(forms, rewards.tolist())]
-    groups = [set(right[i:i + group_size]) - {None} for i in range(0, len(right), group_size)]
-    return {"step": step, "reward": share(rewards),
-            "solved": share((rewards.view(-1, group_size) == 1).any(1)),
-            "distinct": share(torch.tensor([len(group) for group in groups], device=device)),
+    distinct = [len({*right[i:i + group_size]} - {None}) for i in range(0, len(right), group_size)]
+    groups = rewards.view(-1, group_size)
+    return {"step": step, "reward": share(rewards), "solved": share((groups == 1).any(1)),
+            "distinct": share(torch.tensor(distinct, device=device)),
+            "equal": share((groups == groups[:, :1]).all(1)),
             "parsed": share(torch.tensor([form is not None for form in forms], device=device)),
             "length": share(rollout.mask.sum(1)), "cut": share(~rollout.finished)}
 

@@ -5,3 +5,8 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")          # tensors here are too small to share between threads
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "core: the mathematics of one function (tests/test_losses.py)")
+    config.addinivalue_line("markers", "care: what real batches need besides: padding, dtypes, errors in words, stats")

@@ -681,7 +681,7 @@ def test_groups_all_right_or_all_wrong_then_mixed(base, loss, reward, monkeypatc
     """Six steps without contrast: no NaN, and where the method asks for contrast no gradient and no moved weight."""
     task = Odd(["1 2,3=", "3 4,7="], lambda call: reward)
     log, moved = run_odd(base, monkeypatch, f"{loss}{reward}", task, None, "--loss", loss)
-    assert all(row["zero_std_frac"] == 1 and row["reward"] == reward for row in log)
+    assert all(row["equal"] == 1 and row["reward"] == reward for row in log)
     if loss in ("grpo", "rloo", "dr_grpo", "dapo", "gspo", "cispo", "passk", "maxrl", "focal", "ucpo"):
         assert not moved and all(row["grad_norm"] == 0 for row in log), "equal rewards must give no policy gradient"
 
