@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 import policy as policy_module
-from rewards import Countdown, Math
+from rewards import SETTING, add_task_flags, fill_task_flags, make_task
 from sample import chat, sample
 
 
@@ -152,52 +152,12 @@ def plot(summaries, file):
 
 # ------------------------------------------------------------------------------------- what train.py and eval.py share
 
-SETTING = ("task", "prompt", "counts", "high", "targets", "max_new_tokens")    # the flags that say what is measured
-
-# What a task's answers look like decides its defaults: a bare expression, or reasoning that ends in a tag or a box.
-STYLES = {"bare": dict(counts=[4], high=9, targets=[1, 60], max_new_tokens=24),
-          "ask": dict(counts=[3, 4], high=99, targets=[10, 100], max_new_tokens=48),
-          "think": dict(counts=[3, 4], high=99, targets=[10, 100], max_new_tokens=1024),
-          "boxed": dict(max_new_tokens=2048)}
-
 
 class Parser(argparse.ArgumentParser):
     """Bad flags are told in one sentence, like all bad input."""
 
     def error(self, message):
         raise ValueError(f"{message}.")
-
-
-def add_task_flags(parser):
-    flags = parser.add_argument_group("the task")
-    flags.add_argument("--task", choices=["countdown", "math"], default="countdown")
-    flags.add_argument("--data", help="math: problems as FILE.jsonl or hf://owner/repo/file.jsonl")
-    flags.add_argument("--prompt", choices=list(STYLES), help="how to ask; default: bare, or think (math: boxed) where the "
-                       "tokenizer has a chat template")
-    flags.add_argument("--counts", type=int, nargs="+", help="countdown: how many numbers a problem may have")
-    flags.add_argument("--high", type=int, help="countdown: largest number")
-    flags.add_argument("--targets", type=int, nargs=2, help="countdown: smallest and largest target")
-    flags.add_argument("--max-new-tokens", type=int, help="longest answer")
-
-
-def make_task(flags, tokenizer, held_out=0.1):
-    """The task that the flags describe; what they leave open is filled in from STYLES, in `flags` itself."""
-    if flags.prompt is None:
-        flags.prompt = "boxed" if flags.task == "math" else "bare" if tokenizer.chat_template is None else "think"
-    if (flags.task == "math") != (flags.prompt == "boxed"):
-        raise ValueError(f"--prompt {flags.prompt} does not go with --task {flags.task}.")
-    for name, value in STYLES[flags.prompt].items():
-        if getattr(flags, name) is None:
-            setattr(flags, name, value)
-    if flags.max_new_tokens < 1:
-        raise ValueError("--max-new-tokens must be at least 1.")
-    if (flags.task == "math") != (flags.data is not None):
-        raise ValueError("--task math needs --data, a .jsonl file or hf://owner/repo/file.jsonl; other tasks take none.")
-    if flags.task == "math":
-        if flags.counts or flags.high or flags.targets:
-            raise ValueError("--counts, --high and --targets belong to --task countdown.")
-        return Math(flags.data, held_out=held_out)
-    return Countdown(tuple(flags.counts), flags.high, tuple(flags.targets), flags.prompt, held_out=held_out)
 
 
 def pick_device(name):
@@ -268,7 +228,8 @@ def run(argv=None):
     results = {}
     for name in args.models:
         policy, tokenizer = policy_module.load(Path(name) / "model" if name in runs else name, device, dtype)
-        task = make_task(args, tokenizer, held_out=1.0 if args.task == "math" else 0.1)
+        fill_task_flags(args, tokenizer)
+        task = make_task(args, held_out=1.0 if args.task == "math" else 0.1)
         label = name.rstrip("/").split("/")[-1]
         generator = torch.Generator(device).manual_seed(args.seed)
         results[label if label not in results else name] = evaluate(

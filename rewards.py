@@ -221,7 +221,7 @@ def countdown_reward(text, numbers, target, style="bare") -> float:
 
     countdown_reward("6/(5/4)", (4, 5, 6), Fraction(24, 5)) is 1.0: no rounding anywhere.
     """
-    check_style(style, COUNTDOWN_STYLES)
+    check_style(style, STYLES)
     answer = answer_of(text, style)
     node = parse(answer)
     if node is None:
@@ -239,7 +239,7 @@ class Problem(NamedTuple):
 
 # "bare" is for models trained here, "think" the paper's prompt in our words, "ask" for small chat
 # models. The example in "think" is in letters: one in numbers could be copied and be right.
-COUNTDOWN_STYLES = {
+STYLES = {
     "bare": "{spaced},{target}=",
     "think": (
         "Use the numbers {listed} to make {target}. You may add, subtract, multiply and divide "
@@ -263,7 +263,7 @@ class Countdown:
     system = "You are a careful assistant who solves arithmetic puzzles."
 
     def __init__(self, counts=(4,), high=9, targets=(1, 60), style="bare", held_out=0.1):
-        check_style(style, COUNTDOWN_STYLES)
+        check_style(style, STYLES)
         check_share(held_out)
         if not counts or not all(isinstance(n, int) and 2 <= n <= 5 for n in counts):
             raise ValueError(f"counts must be integers from 2 to 5, not {counts}.")
@@ -324,9 +324,9 @@ class Countdown:
 
     def prompt(self, problem, style=None):
         style = style or self.style
-        check_style(style, COUNTDOWN_STYLES)
+        check_style(style, STYLES)
         words = [str(n) for n in problem.numbers]
-        return COUNTDOWN_STYLES[style].format(
+        return STYLES[style].format(
             spaced=" ".join(words), listed=", ".join(words), target=problem.target)
 
     def reward(self, problem, text):
@@ -560,40 +560,36 @@ def download(path):
         raise ValueError(f"Cannot fetch {path}: {' '.join(str(error).split())}") from None
 
 
-MATH_STYLES = {  # the paper's sentence
-    "boxed": "{question}\n\nLet's think step by step and output the final answer within \\boxed{{}}.",
-}
-
-
 class Math:
     """Questions from a file, split like Countdown; held_out=1.0 keeps all for evaluation."""
 
+    style = "boxed"
     system = "Please reason step by step, and put your final answer within \\boxed{}."
 
-    def __init__(self, path, held_out=0.1, style="boxed"):
-        check_style(style, MATH_STYLES)
+    def __init__(self, path, held_out=0.1):
         check_share(held_out)
-        self.path, self.held_out, self.style = path, held_out, style
-        self.problems = {False: [], True: []}  # by split
-        for problem in load_problems(path):
-            self.problems[self.is_held_out(problem)].append(problem)
+        self.path, self.held_out = path, held_out
+        problems = load_problems(path)
+        self.train_list = [p for p in problems if not self.is_held_out(p)]
+        self.held_out_list = [p for p in problems if self.is_held_out(p)]
 
     def problem(self, rng, held_out=False):
-        if not self.problems[held_out]:
+        problems = self.held_out_list if held_out else self.train_list
+        if not problems:
             raise ValueError(f"held_out={self.held_out} leaves no problem of {self.path} here.")
-        return rng.choice(self.problems[held_out])
+        return rng.choice(problems)
 
     def held_out_problems(self, n=None):
         """The first n held-out problems in file order, all of them without n."""
-        return self.problems[True][:n]
+        return self.held_out_list[:n]
 
     def is_held_out(self, problem):
         return hashed_share(problem.question) < self.held_out
 
-    def prompt(self, problem, style=None):
-        style = style or self.style
-        check_style(style, MATH_STYLES)
-        return MATH_STYLES[style].format(question=problem.question)
+    def prompt(self, problem):
+        """The question with the paper's sentence."""
+        return (f"{problem.question}\n\nLet's think step by step and output the final answer "
+                "within \\boxed{}.")
 
     def reward(self, problem, text):
         return math_reward(text, problem.answer)
@@ -602,3 +598,56 @@ class Math:
         """The normal form of the last boxed answer, None when there is none."""
         boxed = last_boxed(text) if isinstance(text, str) else None
         return normal_form(boxed)[1] or None if boxed else None
+
+
+# ---- The task's flags, which train.py and eval.py share
+
+SETTING = ("task", "prompt", "counts", "high", "targets", "max_new_tokens")  # what is measured
+
+# The style of the answers decides the defaults: a bare expression, or reasoning before a tag or box.
+DEFAULTS = {
+    "bare": {"counts": [4], "high": 9, "targets": [1, 60], "max_new_tokens": 24},
+    "ask": {"counts": [3, 4], "high": 99, "targets": [10, 100], "max_new_tokens": 48},
+    "think": {"counts": [3, 4], "high": 99, "targets": [10, 100], "max_new_tokens": 1024},
+    "boxed": {"max_new_tokens": 2048},
+}
+
+
+def add_task_flags(parser):
+    group = parser.add_argument_group("the task")
+    flag = group.add_argument
+    flag("--task", choices=["countdown", "math"], default="countdown")
+    flag("--data", help="math: problems as FILE.jsonl or hf://owner/repo/file.jsonl")
+    flag("--prompt", choices=[*STYLES, Math.style], help="the style: how to ask, and where the answer "
+         "is; default: bare, or think (math: boxed) where the tokenizer has a chat template")
+    flag("--counts", type=int, nargs="+", help="countdown: how many numbers a problem may have")
+    flag("--high", type=int, help="countdown: largest number")
+    flag("--targets", type=int, nargs=2, help="countdown: smallest and largest target")
+    flag("--max-new-tokens", type=int, help="longest answer")
+
+
+def fill_task_flags(flags, tokenizer):
+    """Fill in, in place, what the task's flags leave open; ValueError where they contradict."""
+    math = flags.task == "math"
+    if flags.prompt is None:
+        flags.prompt = "boxed" if math else "bare" if tokenizer.chat_template is None else "think"
+    if math != (flags.prompt == "boxed"):
+        raise ValueError(f"--prompt {flags.prompt} does not go with --task {flags.task}.")
+    for name, value in DEFAULTS[flags.prompt].items():
+        if getattr(flags, name) is None:
+            setattr(flags, name, value)
+    if flags.max_new_tokens < 1:
+        raise ValueError("--max-new-tokens must be at least 1.")
+    if math != (flags.data is not None):
+        raise ValueError("--task math needs --data, a .jsonl file or hf://owner/repo/file.jsonl; "
+                         "other tasks take none.")
+    if math and (flags.counts or flags.high or flags.targets):
+        raise ValueError("--counts, --high and --targets belong to --task countdown.")
+
+
+def make_task(flags, held_out=0.1):
+    """The task that flags describe, once `fill_task_flags` has seen them."""
+    if flags.task == "math":
+        return Math(flags.data, held_out)
+    counts, targets = tuple(flags.counts), tuple(flags.targets)
+    return Countdown(counts, flags.high, targets, flags.prompt, held_out)

@@ -38,9 +38,9 @@ from tqdm import tqdm
 
 import losses
 import policy as policy_module
-from eval import (SETTING, Parser, add_task_flags, evaluate, explain, make_task, pick_device, read_flags, summary, table,
-                  write_json)
+from eval import Parser, evaluate, explain, pick_device, read_flags, summary, table, write_json
 from policy import token_logprobs
+from rewards import SETTING, add_task_flags, fill_task_flags, make_task
 from sample import Rollout, chat, encode, sample
 
 BUCKETS = 4                   # groups of like answer length in one forward pass
@@ -446,7 +446,8 @@ def start_policy(args, device, dtype):
         if world() > 1:
             raise ValueError(f"'{base}' is not there yet: make it once in a single process, without torchrun.")
         policy, tokenizer = policy_module.tiny(seed=args.seed)
-        task = make_task(args, tokenizer)
+        fill_task_flags(args, tokenizer)
+        task = make_task(args)
         task.problem(random.Random(0))                 # an impossible task is told before anything is written
         base.mkdir(parents=True, exist_ok=True)
         lock = lock_file(base / "lock")                # held until this function returns: one process makes the base
@@ -455,7 +456,7 @@ def start_policy(args, device, dtype):
         write_json(base / "flags.json", flags | {"warm_steps": args.warm_steps, "seed": args.seed})
         policy_module.save(policy, tokenizer, base / "model")
     policy, tokenizer = policy_module.load(base / "model", device, dtype)
-    make_task(args, tokenizer)                         # fills in what the flags leave open
+    fill_task_flags(args, tokenizer)
     made = read_flags(base / "flags.json")
     if tokenizer.unk_token_id in tokenizer(policy_module.CHARACTERS).input_ids:
         raise ValueError(f"'{base}' was made with another tokenizer, which lacks some of '{policy_module.CHARACTERS}': "
@@ -542,20 +543,21 @@ def run(argv=None):
     if rank() == 0:
         print(f"{args.loss} on {args.task}, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}", flush=True)
     policy, tokenizer, start = start_policy(args, device, dtype)
-    task = make_task(args, tokenizer, held_out=0.0 if args.eval_data else 0.1)
+    fill_task_flags(args, tokenizer)
+    task = make_task(args, held_out=0.0 if args.eval_data else 0.1)
     if getattr(args, "max_len", 0) is None:
         args.max_len = args.max_new_tokens
     judge = task if args.eval_data is None else make_task(
-        argparse.Namespace(**vars(args) | {"data": args.eval_data}), tokenizer, held_out=1.0)
+        argparse.Namespace(**vars(args) | {"data": args.eval_data}), held_out=1.0)
     exam = judge.held_out_problems(args.eval_problems)                          # told now if there are too few, not at the end
     if args.eval_problems and not exam:
         raise ValueError(f"'{args.eval_data or args.data}' holds no problem to evaluate on: --eval-problems 0 does without.")
     if args.task == "math":                            # one prompt without room for an answer must not end a night's run
-        room, problems = policy.config.max_position_embeddings - args.max_new_tokens, task.problems[False]
+        room, problems = policy.config.max_position_embeddings - args.max_new_tokens, task.train_list
         ask = lambda problem: chat(tokenizer, task.system, task.prompt(problem), task.style)
-        task.problems[False] = [problem for problem in problems if len(tokenizer(ask(problem)).input_ids) <= room]
-        if rank() == 0 and len(task.problems[False]) < len(problems):
-            print(f"{len(problems) - len(task.problems[False])} of {len(problems)} problems are left out: prompts over {room} tokens.")
+        task.train_list = [problem for problem in problems if len(tokenizer(ask(problem)).input_ids) <= room]
+        if rank() == 0 and len(task.train_list) < len(problems):
+            print(f"{len(problems) - len(task.train_list)} of {len(problems)} problems are left out: prompts over {room} tokens.")
     task.problem(random.Random(0))                     # none left is told now, too
     folder = Path(args.out) / args.name
     lock = in_first(lambda: open_run(folder, args))    # held until the process ends
