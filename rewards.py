@@ -40,26 +40,47 @@ MAX_DEPTH = 30  # nested parentheses, so that the recursive parser cannot overfl
 MAX_TRIES = 100_000  # draws before a setting is called impossible
 
 
-# ---- Exact arithmetic: a tree is an int or (op, left, right), a node (numerator, denominator, tree)
-# The verifier, the generator and the solver below all compute with `join` and nothing else.
+class Problem(NamedTuple):
+    numbers: tuple[int, ...]  # in the order that the prompt shows
+    target: int
 
 
-def join(op, left, right):
-    """The node `left op right` in exact integers: join("/", (1, 1, 1), (2, 1, 2))[:2] is (1, 2).
+def countdown_reward(text, numbers, target, style="bare") -> float:
+    """1.0 if the answer in text uses each number exactly once and equals target, else 0.0.
 
-    Fractions are not reduced (a few numbers cannot grow far), which is what makes this fast.
-    Division by zero gives 0/0, and every later operation keeps it 0/0.
+    countdown_reward("6/(5/4)", (4, 5, 6), Fraction(24, 5)) is 1.0: no rounding anywhere.
     """
-    (a, b, x), (c, d, y) = left, right
-    if op == "+":
-        return a * d + c * b, b * d, (op, x, y)
-    if op == "-":
-        return a * d - c * b, b * d, (op, x, y)
-    if op == "*":
-        return a * c, b * d, (op, x, y)
-    if c == 0:  # without this line 1/(1/0) would be 0
-        return 0, 0, (op, x, y)
-    return a * d, b * c, (op, x, y)
+    check_style(style)
+    answer = answer_of(text, style)
+    node = parse(answer)
+    if node is None:
+        return 0.0
+    # The text parsed, so its digits are its numbers. Sorted lists compare as multisets.
+    numerator, denominator, _ = node
+    used = sorted(int(digits) for digits in re.findall("[0-9]+", answer))
+    return float(used == sorted(numbers) and denominator != 0 and numerator == target * denominator)
+
+
+def answer_of(text, style):
+    """What counts as the answer: the whole text, or for "think" the last <answer>...</answer>.
+
+    "<answer>1</answer> or <answer>2+3</answer>" gives "2+3". A last tag that is not closed, or
+    that stands inside another one, gives "". Anything may surround the tags.
+    """
+    if not isinstance(text, str):
+        return ""
+    if style != "think":
+        return text
+    # Searching from the end keeps this fast on megabytes, which a regular expression would not be.
+    *before, last = text.rsplit("<answer>", 2)
+    nested = len(before) == 2 and "</answer>" not in before[1]
+    if not before or nested or last.count("</answer>") != 1:
+        return ""
+    return last.partition("</answer>")[0]
+
+
+# Exact arithmetic: a tree is an int or (op, left, right), a node is (numerator, denominator, tree).
+# The verifier, the generator and the solver all compute with `join` and nothing else.
 
 
 def parse(text):
@@ -107,6 +128,136 @@ def parse(text):
         return None
     return node if tokens == ["end"] else None  # anything left over: "1 2", "1+2)"
 
+
+def join(op, left, right):
+    """The node `left op right` in exact integers: join("/", (1, 1, 1), (2, 1, 2))[:2] is (1, 2).
+
+    Fractions are not reduced (a few numbers cannot grow far), which is what makes this fast.
+    Division by zero gives 0/0, and every later operation keeps it 0/0.
+    """
+    (a, b, x), (c, d, y) = left, right
+    if op == "+":
+        return a * d + c * b, b * d, (op, x, y)
+    if op == "-":
+        return a * d - c * b, b * d, (op, x, y)
+    if op == "*":
+        return a * c, b * d, (op, x, y)
+    if c == 0:  # without this line 1/(1/0) would be 0
+        return 0, 0, (op, x, y)
+    return a * d, b * c, (op, x, y)
+
+
+# "bare" is for models trained here, "think" the paper's prompt in our words, "ask" for small chat
+# models. The example in "think" is in letters: one in numbers could be copied and be right.
+STYLES = {
+    "bare": "{spaced},{target}=",
+    "think": (
+        "Use the numbers {listed} to make {target}. You may add, subtract, multiply and divide "
+        "(+ - * /) and use parentheses, and every number must be used exactly once. Reason step "
+        "by step inside <think> </think>, then give only the final expression inside "
+        "<answer> </answer>, like <answer>(a + b) * c</answer> with numbers in place of letters."
+    ),
+    "ask": (
+        "Use each of the numbers {listed} exactly once, with + - * / and parentheses, to make "
+        "{target}. Answer with one arithmetic expression and nothing else."
+    ),
+}
+
+
+class Countdown:
+    """Random problems: a count of numbers from counts, each in 1..high, and a target in range.
+
+    held_out is the share of all problems that is kept for evaluation and never trained on.
+    """
+
+    system = "You are a careful assistant who solves arithmetic puzzles."
+
+    def __init__(self, counts=(4,), high=9, targets=(1, 60), style="bare", held_out=0.1):
+        check_style(style)
+        check_share(held_out)
+        if not counts or not all(isinstance(n, int) and 2 <= n <= 5 for n in counts):
+            raise ValueError(f"counts must be integers from 2 to 5, not {counts}.")
+        if not isinstance(high, int) or not 1 <= high <= 10**6:
+            raise ValueError(f"high must be an integer from 1 to 10**6, not {high}.")
+        if len(targets) != 2 or targets[0] > targets[1]:
+            raise ValueError(f"targets must be a pair (lowest, highest), not {targets}.")
+        self.counts, self.high, self.targets = tuple(counts), high, tuple(targets)
+        self.style, self.held_out = style, held_out
+
+    def example(self, rng, held_out=False):
+        """One problem of the split with one answer: (Problem((4, 7, 2, 9), 24), "2*(9+7-4)").
+
+        Numbers are joined in random pairs with random operators until one expression is left; it
+        is kept if its value is an integer in range. This defines the distribution over problems:
+        a target is as frequent as random expressions hit it.
+        """
+        if self.held_out == (0 if held_out else 1):
+            raise ValueError(f"held_out={self.held_out} leaves no problem in this split.")
+        # The warm start draws 200,000 of these. int(random() * n) is several times faster than
+        # randrange(n) or choice, and its bias, n / 2**53, does not matter here.
+        draw, high, counts, (low, top) = rng.random, self.high, self.counts, self.targets
+        for _ in range(MAX_TRIES):
+            count = counts[int(draw() * len(counts))]
+            numbers = [int(draw() * high) + 1 for _ in range(count)]
+            nodes = [(n, 1, n) for n in numbers]
+            for left in range(count, 1, -1):
+                x = nodes.pop(int(draw() * left))
+                y = nodes.pop(int(draw() * (left - 1)))
+                nodes.append(join("+-*/"[int(draw() * 4)], x, y))
+            numerator, denominator, tree = nodes[0]
+            if denominator == 0 or numerator % denominator:
+                continue
+            problem = Problem(tuple(numbers), numerator // denominator)
+            if low <= problem.target <= top and self.is_held_out(problem) == held_out:
+                return problem, render(tree)
+        raise ValueError(f"No such problem in {MAX_TRIES} draws: widen targets={self.targets}.")
+
+    def problem(self, rng, held_out=False):
+        return self.example(rng, held_out)[0]
+
+    def held_out_problems(self, n):
+        """The same n distinct held-out problems on every call and every machine;
+        a longer list starts with the shorter one."""
+        rng, problems, repeats = random.Random(0), {}, 0
+        while len(problems) < n and repeats < 1000:
+            problem = self.problem(rng, held_out=True)
+            key = tuple(sorted(problem.numbers)), problem.target
+            repeats = repeats + 1 if key in problems else 0
+            problems.setdefault(key, problem)
+        if len(problems) < n:
+            raise ValueError(
+                f"Only {len(problems)} held-out problems found, not {n}: ask for fewer.")
+        return list(problems.values())
+
+    def is_held_out(self, problem):
+        # Sorted: the same numbers in another order are the same problem, hence the same split.
+        return hashed_share(f"{sorted(problem.numbers)} {problem.target}") < self.held_out
+
+    def prompt(self, problem, style=None):
+        style = style or self.style
+        check_style(style)
+        words = [str(n) for n in problem.numbers]
+        return STYLES[style].format(
+            spaced=" ".join(words), listed=", ".join(words), target=problem.target)
+
+    def reward(self, problem, text):
+        return countdown_reward(text, problem.numbers, problem.target, self.style)
+
+    def canonical(self, text):
+        """The canonical form of the answer in text, None when no answer parses."""
+        node = parse(answer_of(text, self.style))
+        return canonical_form(node[2]) if node else None
+
+    def solutions(self, problem):
+        """All distinct correct answers in canonical form, sorted; A(x) of Eq. (2) counts them."""
+        nodes = all_nodes(problem.numbers)
+        return sorted({canonical_form(t) for a, b, t in nodes if b and a == problem.target * b})
+
+
+# ----------------------------------- a first reading ends here -----------------------------------
+
+
+# ---- Solver and canonical form
 
 # Where parentheses stay: the operators that a left or right operand may not have unwrapped.
 WRAP_LEFT = {"+": "", "-": "", "*": "+-", "/": "+-"}
@@ -185,171 +336,14 @@ def hashed_share(text):
     return int.from_bytes(digest[:4], "big") / 2**32
 
 
-def check_style(style, styles):
-    if style not in styles:
-        raise ValueError(f"Unknown style {style!r}: choose from {', '.join(styles)}.")
+def check_style(style):
+    if style not in STYLES:
+        raise ValueError(f"Unknown style {style!r}: choose from {', '.join(STYLES)}.")
 
 
 def check_share(held_out):
     if not 0 <= held_out <= 1:
         raise ValueError(f"held_out is a share between 0 and 1, not {held_out}.")
-
-
-# ---- Countdown
-
-
-def answer_of(text, style):
-    """What counts as the answer: the whole text, or for "think" the last <answer>...</answer>.
-
-    "<answer>1</answer> or <answer>2+3</answer>" gives "2+3". A last tag that is not closed, or
-    that stands inside another one, gives "". Anything may surround the tags.
-    """
-    if not isinstance(text, str):
-        return ""
-    if style != "think":
-        return text
-    # Searching from the end keeps this fast on megabytes, which a regular expression would not be.
-    *before, last = text.rsplit("<answer>", 2)
-    nested = len(before) == 2 and "</answer>" not in before[1]
-    if not before or nested or last.count("</answer>") != 1:
-        return ""
-    return last.partition("</answer>")[0]
-
-
-def countdown_reward(text, numbers, target, style="bare") -> float:
-    """1.0 if the answer in text uses each number exactly once and equals target, else 0.0.
-
-    countdown_reward("6/(5/4)", (4, 5, 6), Fraction(24, 5)) is 1.0: no rounding anywhere.
-    """
-    check_style(style, STYLES)
-    answer = answer_of(text, style)
-    node = parse(answer)
-    if node is None:
-        return 0.0
-    # The text parsed, so its digits are its numbers. Sorted lists compare as multisets.
-    numerator, denominator, _ = node
-    used = sorted(int(digits) for digits in re.findall("[0-9]+", answer))
-    return float(used == sorted(numbers) and denominator != 0 and numerator == target * denominator)
-
-
-class Problem(NamedTuple):
-    numbers: tuple[int, ...]  # in the order that the prompt shows
-    target: int
-
-
-# "bare" is for models trained here, "think" the paper's prompt in our words, "ask" for small chat
-# models. The example in "think" is in letters: one in numbers could be copied and be right.
-STYLES = {
-    "bare": "{spaced},{target}=",
-    "think": (
-        "Use the numbers {listed} to make {target}. You may add, subtract, multiply and divide "
-        "(+ - * /) and use parentheses, and every number must be used exactly once. Reason step "
-        "by step inside <think> </think>, then give only the final expression inside "
-        "<answer> </answer>, like <answer>(a + b) * c</answer> with numbers in place of letters."
-    ),
-    "ask": (
-        "Use each of the numbers {listed} exactly once, with + - * / and parentheses, to make "
-        "{target}. Answer with one arithmetic expression and nothing else."
-    ),
-}
-
-
-class Countdown:
-    """Random problems: a count of numbers from counts, each in 1..high, and a target in range.
-
-    held_out is the share of all problems that is kept for evaluation and never trained on.
-    """
-
-    system = "You are a careful assistant who solves arithmetic puzzles."
-
-    def __init__(self, counts=(4,), high=9, targets=(1, 60), style="bare", held_out=0.1):
-        check_style(style, STYLES)
-        check_share(held_out)
-        if not counts or not all(isinstance(n, int) and 2 <= n <= 5 for n in counts):
-            raise ValueError(f"counts must be integers from 2 to 5, not {counts}.")
-        if not isinstance(high, int) or not 1 <= high <= 10**6:
-            raise ValueError(f"high must be an integer from 1 to 10**6, not {high}.")
-        if len(targets) != 2 or targets[0] > targets[1]:
-            raise ValueError(f"targets must be a pair (lowest, highest), not {targets}.")
-        self.counts, self.high, self.targets = tuple(counts), high, tuple(targets)
-        self.style, self.held_out = style, held_out
-
-    def example(self, rng, held_out=False):
-        """One problem of the wanted split with one answer, (Problem((4, 7, 2, 9), 24), "2*(9+7-4)").
-
-        Numbers are joined in random pairs with random operators until one expression is left; it
-        is kept if its value is an integer in range. This defines the distribution over problems:
-        a target is as frequent as random expressions hit it.
-        """
-        if self.held_out == (0 if held_out else 1):
-            raise ValueError(f"held_out={self.held_out} leaves no problem in this split.")
-        # The warm start draws 200,000 of these. int(random() * n) is several times faster than
-        # randrange(n) or choice, and its bias, n / 2**53, does not matter here.
-        draw, high, counts, (low, top) = rng.random, self.high, self.counts, self.targets
-        for _ in range(MAX_TRIES):
-            count = counts[int(draw() * len(counts))]
-            numbers = [int(draw() * high) + 1 for _ in range(count)]
-            nodes = [(n, 1, n) for n in numbers]
-            for left in range(count, 1, -1):
-                x = nodes.pop(int(draw() * left))
-                y = nodes.pop(int(draw() * (left - 1)))
-                nodes.append(join("+-*/"[int(draw() * 4)], x, y))
-            numerator, denominator, tree = nodes[0]
-            if denominator == 0 or numerator % denominator:
-                continue
-            problem = Problem(tuple(numbers), numerator // denominator)
-            if low <= problem.target <= top and self.is_held_out(problem) == held_out:
-                return problem, render(tree)
-        raise ValueError(f"No such problem in {MAX_TRIES} draws: widen targets={self.targets}.")
-
-    def problem(self, rng, held_out=False):
-        return self.example(rng, held_out)[0]
-
-    def held_out_problems(self, n):
-        """The same n distinct held-out problems on every call and every machine;
-        a longer list starts with the shorter one."""
-        rng, problems, repeats = random.Random(0), {}, 0
-        while len(problems) < n and repeats < 1000:
-            problem = self.problem(rng, held_out=True)
-            key = tuple(sorted(problem.numbers)), problem.target
-            repeats = repeats + 1 if key in problems else 0
-            problems.setdefault(key, problem)
-        if len(problems) < n:
-            raise ValueError(f"Only {len(problems)} held-out problems found, not {n}: ask for fewer.")
-        return list(problems.values())
-
-    def is_held_out(self, problem):
-        # Sorted: the same numbers in another order are the same problem, hence the same split.
-        return hashed_share(f"{sorted(problem.numbers)} {problem.target}") < self.held_out
-
-    def prompt(self, problem, style=None):
-        style = style or self.style
-        check_style(style, STYLES)
-        words = [str(n) for n in problem.numbers]
-        return STYLES[style].format(
-            spaced=" ".join(words), listed=", ".join(words), target=problem.target)
-
-    def reward(self, problem, text):
-        return countdown_reward(text, problem.numbers, problem.target, self.style)
-
-    def canonical(self, text):
-        """The canonical form of the answer in text, None when no answer parses."""
-        node = parse(answer_of(text, self.style))
-        return canonical_form(node[2]) if node else None
-
-    def solution(self, problem, rng):
-        """One random correct answer: solution(Problem((1, 2), 3), rng) is "1+2" or "2+1"."""
-        # all_nodes keeps one order of each sum and product: shuffled numbers make it a random one.
-        numbers = rng.sample(problem.numbers, len(problem.numbers))
-        trees = [tree for a, b, tree in all_nodes(numbers) if b and a == problem.target * b]
-        if not trees:
-            raise ValueError(f"{problem} has no solution.")
-        return render(rng.choice(trees))
-
-    def solutions(self, problem):
-        """All distinct correct answers in canonical form, sorted; their number is A(x) in Eq. (2)."""
-        nodes = all_nodes(problem.numbers)
-        return sorted({canonical_form(t) for a, b, t in nodes if b and a == problem.target * b})
 
 
 # ---- Math
@@ -546,7 +540,7 @@ def read_problem(record):
 
 
 def download(path):
-    """The local path of a file in a Hugging Face dataset repository: the only use of the network."""
+    """The local path of a file in a Hugging Face dataset repository; nothing else goes online."""
     match = re.fullmatch(r"hf://([^/@]+/[^/@]+)(?:@([^/]+))?/(.+)", path)
     if not match:
         raise ValueError(f"{path} is not of the form hf://owner/repo/file.jsonl.")
@@ -604,7 +598,7 @@ class Math:
 
 SETTING = ("task", "prompt", "counts", "high", "targets", "max_new_tokens")  # what is measured
 
-# The style of the answers decides the defaults: a bare expression, or reasoning before a tag or box.
+# The style decides the defaults: a bare expression, or reasoning that ends in a tag or a box.
 DEFAULTS = {
     "bare": {"counts": [4], "high": 9, "targets": [1, 60], "max_new_tokens": 24},
     "ask": {"counts": [3, 4], "high": 99, "targets": [10, 100], "max_new_tokens": 48},
@@ -618,8 +612,8 @@ def add_task_flags(parser):
     flag = group.add_argument
     flag("--task", choices=["countdown", "math"], default="countdown")
     flag("--data", help="math: problems as FILE.jsonl or hf://owner/repo/file.jsonl")
-    flag("--prompt", choices=[*STYLES, Math.style], help="the style: how to ask, and where the answer "
-         "is; default: bare, or think (math: boxed) where the tokenizer has a chat template")
+    flag("--prompt", choices=[*STYLES, Math.style], help="the style: how to ask, and where the "
+         "answer is; default: bare, or think (math: boxed) where there is a chat template")
     flag("--counts", type=int, nargs="+", help="countdown: how many numbers a problem may have")
     flag("--high", type=int, help="countdown: largest number")
     flag("--targets", type=int, nargs=2, help="countdown: smallest and largest target")

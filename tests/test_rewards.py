@@ -8,8 +8,7 @@ Bugs that these tests kill; each was put in once and seen to fail:
   generator   a number of the problem not used; operands in the order of the prompt; needed
               brackets dropped, needless ones kept; target outside the range; the other split
   solver      one order of "-" or "/" forgotten; a split of the numbers forgotten; duplicates or 0/0
-              counted; a-(b-c) kept apart from a-b+c; a*(b+c) merged with a*b+c; `solution` always
-              the same one, or always with the same order of operands
+              counted; a-(b-c) kept apart from a-b+c; a*(b+c) merged with a*b+c
   split       the order of the numbers matters; Python's own hash; other problems on each call
   math        each rule of REWRITES left out; first box, or one cut off, read; braces of \\{ counted;
               only the end of the text read; time quadratic in the boxes; "(1,234)" a number, "1,234"
@@ -336,7 +335,7 @@ def test_answers_have_no_needless_brackets():
         problem, example = LAPTOP.example(rng)
         if len(set(problem.numbers)) < 4:  # 5-(1+7-7) is 5-1+7-7 by chance
             continue
-        for answer in (example, LAPTOP.solution(problem, rng), *LAPTOP.solutions(problem)[:2]):
+        for answer in (example, *LAPTOP.solutions(problem)[:2]):
             for i, j in pairs(answer):
                 less = answer[:i] + answer[i + 1 : j] + answer[j + 1 :]
                 same = LAPTOP.canonical(less) == LAPTOP.canonical(answer)
@@ -403,8 +402,6 @@ def test_impossible_requests_end_in_a_sentence(monkeypatch):
         Countdown(held_out=1).problem(random.Random(0))
     with pytest.raises(ValueError, match="widen targets"):
         Countdown(counts=(2,), high=3, targets=(500, 600)).problem(random.Random(0))
-    with pytest.raises(ValueError, match="no solution"):
-        LAPTOP.solution(Problem((1, 1), 7), random.Random(0))
     assert LAPTOP.solutions(Problem((1, 1), 7)) == []
 
 
@@ -500,25 +497,20 @@ def test_solutions_ignore_the_order_of_the_numbers():
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_solution_reaches_every_solution(name):
-    task, rng = SETTINGS[name], random.Random(5)
+def test_solutions_are_right_and_canonical(name):
+    task = SETTINGS[name]
     for problem in task.held_out_problems(30):
-        known = set(task.solutions(problem))
+        known = task.solutions(problem)
         assert known, f"{problem} was generated, so it has an answer"
         for answer in known:
             assert oracle(answer, *problem) == 1, f"{answer} is not right for {problem}"
             assert task.canonical(tagged(task, answer)) == answer, f"{answer} is not canonical"
-        if len(known) > 4:
-            continue
-        found = {task.solution(problem, rng) for _ in range(25 * len(known))}
-        assert {task.canonical(tagged(task, a)) for a in found} == known, f"unreached: {problem}"
 
 
-def test_solution_shows_every_order_of_the_operands():
-    rng = random.Random(8)
-    drawn = {LAPTOP.solution(Problem((1, 2, 4), 7), rng) for _ in range(300)}
-    missing = {"+".join(order) for order in itertools.permutations("124")} - drawn
-    assert not missing, f"never drawn: {missing}"
+def test_examples_reach_every_order_of_the_operands():
+    task, rng = Countdown(counts=(2,), high=2, targets=(3, 3), held_out=0), random.Random(8)
+    drawn = {task.example(rng)[1] for _ in range(100)}
+    assert drawn == {"1+2", "2+1"}, f"the warm start shows one order of a sum only: {drawn}"
 
 
 @pytest.mark.parametrize("one, two, same", [
