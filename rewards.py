@@ -35,7 +35,7 @@ import re
 from fractions import Fraction
 from typing import NamedTuple
 
-MAX_ANSWER = 300  # characters; a longer answer is refused before anything reads it
+MAX_ANSWER = 400  # characters; a longer answer is refused before anything reads it
 MAX_DEPTH = 30  # nested parentheses, so that the recursive parser cannot overflow the stack
 MAX_TRIES = 100_000  # draws before a setting is called impossible
 
@@ -365,98 +365,152 @@ def last_boxed(text):
     return None
 
 
+def digits_alone(match):
+    return re.sub(r"[^-+0-9]", "", match[0])
+
+
+def with_commas(match):
+    return re.sub(r"(?: *[,;])? *\b(?:and|or)\b(?: *[,;])? *", ", ", match[0])
+
+
+TEXT = r"\\(?:text(?:rm|bf|it|normal)?|mathrm|mbox)"
+# In \text{} after a number stands a unit, unless it may change what the number says:
+# 3 a.m. is not 3 p.m., 2\mathrm{i} is not 2, 3 million and 3 or more are not 3.
+UNIT = TEXT + (
+    r"\{(?!(?i: ?[ap]\.? ?m\b| ?(?![mgshl]\b)[a-z] ?\}|[^{}]*\b(?:and|or|to|than|if|for|except"
+    r"|is|are|not?|none|more|less|fewer|greater|most|least|plus|minus|positive|negative|squared"
+    r"|cubed|even|odd|over|mod|base|remainder|r|factorial|hundred|thousand|[a-z]*illions?|dozens?"
+    r"|half|halves|thirds?|quarters?|th|times|north|south|east|west|left|right|up|down|above|below"
+    r"|before|after|bce?|ad)\b))[a-zA-Z .'/-]*(?:\^\{?[23]\}?)?\}")
+PLAIN_UNIT = (
+    r"(?:(?:square|cubic|sq\.?) ?)?(?:cm|mm|km|kg|inch(?:es)?|feet|miles|meters|units?|degrees"
+    r"|dollars|cents|years|days|hours|minutes|seconds|percent|pct)")
+
 # Applied in this order. Left: how people write it. Right: the one way we compare. The list only
 # grows by pairs seen in real answers, and each rule must keep different answers different: a
 # verifier that is too kind is found by the policy, one that is too strict costs a little signal.
 REWRITES = [(re.compile(pattern, re.ASCII), by) for pattern, by in [
     # typography
+    (r"\s+", " "),
     (r"[−–]", "-"),
-    (r"(?<!\\)\\[!,;:>()\[\] ]|\\q?quad|~|\\(?:left|right)(?![a-z])|\\displaystyle", ""),
-    (r"\\[dtc]frac", r"\\frac"),
+    (r"\^ ?\{?\\circ\}?|\\degree|°|\\?[$%]", ""),
+    (r"\. ?$", ""),
+    (r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle)(?![a-zA-Z])", ""),
+    # blanks and commas that stand in large numbers only: 1\,234, 1{,}234, 1,\! 234, 1 234
+    (r"(?<![\w.^])(?<![^\\],)[1-9]\d{0,2}(?:(?:\{,\}|, ?\\! ?|\\!|\\[, ]|[~ ])\d{3})+"
+     r"(?!\d|,\d|(?:\\[, ]|[~ ])*[\d/])", digits_alone),
     (r"\{,\}", ","),
-    (r"\\text\{\s*(?:and|or)\s*\}", ", "),
-    # units: signs, then words after a digit or bracket; but 3 p.m. is not 3 a.m., nor 2A 2B
-    (r"\^\s*\{?\\circ\}?|\\degree|°|\\?[$%]", ""),
-    (r"(?<=[\d})\]])\s*\\(?:text|mathrm|mbox)\{(?!\s*[ap]\.?m\b|[A-Z]\})[^{}]*\}"
-     r"(?:\^\{?[23]\}?)?\s*$", ""),
-    (r"(?<=\d)\s*(?:cm|mm|km|kg|inch(?:es)?|feet|miles|meters|units?|degrees|dollars|cents|"
-     r"years|days|hours|minutes|seconds)(?:\^\{?[23]\}?)?\s*$", ""),
-    (r"\\(?:text|mathrm|textbf|mbox)\{([^{}]*)\}", r"\1"),
+    (r"-0,(?=\d)", "-0{,}"),  # a decimal comma: -0,5 is not the list of 0 and 5
+    (r"(?<!\\)\\[!()\[\]]", ""),
+    (r"(?:(?<!\\)\\(?:[,;:> ]|q?quad(?![a-z]))|[~ ])+", " "),
+    # symbols with several names
+    (r"\\[dtc]frac", r"\\frac"),
+    (r"\\leq?(?:slant)?(?![a-z])|≤", "<="),
+    (r"\\geq?(?:slant)?(?![a-z])|≥", ">="),
+    (r"\\lt(?![a-z])", "<"),
+    (r"\\gt(?![a-z])", ">"),
+    (r"\\neq?(?![a-z])|!=", "≠"),
+    (r"\\cup(?![a-z])|(?<=[)\]]) ?U ?(?=[(\[])", "∪"),
+    (r"\\varnothing|∅", r"\\emptyset"),
+    (r"\\(begin|end)\{bmatrix\}", r"\\\1{pmatrix}"),
+    (r"[(\[] ?\\begin\{(?:matrix\}|array\}\{[clr]+\})((?:(?!\\begin|\\end).)*)"
+     r"\\end\{(?:matrix|array)\} ?[)\]]", r"\\begin{pmatrix}\1\\end{pmatrix}"),
+    # units, at the end and after a number
+    (rf"(?:(?<=[\d}})\]])|(?<=\\pi)) ?(?:{UNIT}|{PLAIN_UNIT})(?:\^\{{?[23]\}}?)?[. ]*$", ""),
+    (rf"{TEXT}\{{([^{{}}]*)\}}", r" \1 "),
+    (r"(?i)(?<=\d) *a\.? ?m\b\.?", "am"),
+    (r"(?i)(?<=\d) *p\.? ?m\b\.?", "pm"),
+    (r"^[^<>≠]*$", with_commas),  # a list; but "x<1 or x>2" is not "x<1 and x>2"
     # blanks: what they mean is read before they go
-    (r"(?<=\d)\s+(\d+)\s*/\s*(\d+)", r"\\frac{\1}{\2}"),  # "1 1/2" is not 11/2
-    (r",\s+", ";"),  # "100, 200" is a list, "100,200" a number
-    (r"(?<!\d)\s+|\s+(?!\d)", ""),  # "1 2" stays apart: it is not 12
-    # braces that may be left out
+    (r" +", " "),
+    (r"(?<=\d) (\d+) ?/ ?(\d+)", r"\\frac{\1}{\2}"),  # "1 1/2" is not 11/2
+    (r", ", ";"),  # "100, 200" is a list, "100,200" a number
+    (r"(?<!\d) | (?!\d)", ""),  # "1 2" stays apart: it is not 12
+    (r"(?:^|(?<=[;=<>∪]))[-+]?[1-9]\d{0,2}(?:,\d{3})+(?=\.\d|[;=<>∪]|\.?$)", digits_alone),
+    # braces and signs that may be left out
     (r"([_^])\{(\w)\}", r"\1\2"),
     (r"\\sqrt(\w)", r"\\sqrt{\1}"),
     (r"\\frac(\d|\\pi)", r"\\frac{\1}"),
-    (r"\\frac(\{[^{}]*\})(\w|\\pi)", r"\\frac\1{\2}"),
-    # one way to write simple quotients and products
-    (r"^(-?)(\d*\\sqrt\{\w+\}|\d*\\pi|\w+)/(\w+)$", r"\1\\frac{\2}{\3}"),
+    (r"\\frac(\{(?:[^{}]|\{[^{}]*\})*\})(\w|\\pi)", r"\\frac\1{\2}"),
+    (r"(?:^|(?<=[(\[,;=<>∪]))\+(?=[\d.\\])", ""),
     (r"^\\frac\{-((?:\w|\\sqrt\{\w+\}|\\pi)+)\}", r"-\\frac{\1}"),
     (r"(?:\\cdot|\\times|\*)(?=[a-zA-Z(]|\\sqrt|\\pi)", ""),
     (r"\\cdot|\\times", "*"),  # stays before digits and \frac: 2*\frac12 is not 2\frac12
-    (r"\.$", ""),
-    (r"^\(([A-Z])\)$", r"\1"),  # multiple choice
 ]]
-DECIMAL = r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)"
-RATIONAL = re.compile(  # \frac{3}{4}, 1\frac{3}{4}; then 3, 0.75, 3/4. No exponents: 1e999999999
-    rf"([-+]?)(?:([0-9]*)\\frac\{{([-+]?{DECIMAL})\}}\{{([-+]?{DECIMAL})\}}"
-    rf"|({DECIMAL})(?:/({DECIMAL}))?)")
+NUMBER = r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"  # no exponents: 1e999999999
+SYMBOLS = r"((?:(?:\\pi|\\sqrt\{\w+\}|[a-zA-Z])(?:\^\w)?)*)"
+TERM = re.compile(  # 0.75, -2\pi, \frac{3}{4}, 1\frac{3}{4}, \frac{3}{4}\pi, \frac{-3\pi}{4}
+    rf"([-+]?)({NUMBER}?)"
+    rf"(?:\\frac\{{([-+]?)({NUMBER}?){SYMBOLS}\}}\{{([-+]?{NUMBER})\}})?{SYMBOLS}", re.ASCII)
+QUOTIENT = re.compile(  # 3/4, 3\pi/4, \sqrt{3}/2, x/y
+    rf"^([-+]?)((?:\d*(?:\\sqrt\{{\w+\}}|\\pi)|\w+)(?:\^\w)?|{NUMBER})"
+    rf"/({NUMBER}|[a-zA-Z]|\\pi|\\sqrt\{{\w+\}})$", re.ASCII)
 
 
-def exact(text):
-    """The Fraction that text writes, or None: "0.50", "1/2" and "\\frac{1}{2}" give the same."""
-    match = RATIONAL.fullmatch(text)
+def normal_term(text):
+    """One text for all ways to write a number or a multiple of symbols, exact as a fraction:
+    "0.50", "1/2" and "\\frac{1}{2}" give "1/2", and "0.75x" gives "3/4*x"."""
+    text = QUOTIENT.sub(r"\1\\frac{\2}{\3}", text)
+    match = TERM.fullmatch(text)
     if not match:
-        return None
-    sign, whole, top, bottom, number, under = match.groups()
-    top, bottom = Fraction(top or number), Fraction(bottom or under or 1)
-    if bottom == 0:
-        return None
-    value = Fraction(whole or 0) + top / bottom
-    return -value if sign == "-" else value
+        return text.replace(";", ",")
+    sign, whole, sign_above, top, above, bottom, after = match.groups()
+    value, symbols = Fraction(whole or 1), (above or "") + after
+    if bottom:
+        if not (top or above) or not Fraction(bottom) or whole and (symbols or not whole.isdigit()):
+            return text
+        value = Fraction(whole or 0) + Fraction(sign_above + (top or "1")) / Fraction(bottom)
+    if not (whole or bottom or symbols):
+        return text
+    value = -value if sign == "-" else value
+    return str(value) if not symbols else symbols if value == 1 else f"{value}*{symbols}"
 
 
-def split_list(text):
-    """Parts between top-level commas, None if brackets do not match: "(1,2),3" -> ["(1,2)", "3"]."""
-    parts, depth = [""], 0
-    for char in text:
-        depth += (char in "([{") - (char in ")]}")
-        if depth < 0:
+def split_list(text, separators=",;"):
+    """Parts between top-level separators: "(1,2),3" -> ["(1,2)", "3"]. None where brackets do not
+    match or are nested deeper than people write, so that reading stays fast."""
+    parts, depth, start = [], 0, 0
+    for match in re.finditer(rf"[()\[\]{{}}{separators}]", text):
+        depth += (match[0] in "([{") - (match[0] in ")]}")
+        if not 0 <= depth <= 10:
             return None
-        if char in ",;" and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += char
-    return parts
+        if depth == 0 and match[0] in separators:
+            parts.append(text[start : match.start()])
+            start = match.end()
+    return None if depth else [*parts, text[start:]]
 
 
 def normal_part(text):
-    """One text for all ways to write a number, tuple, interval or set: "(0.5,3)" -> "(1/2,3)"."""
-    if re.fullmatch(r"[-+]?[0-9]{1,3}(,[0-9]{3})+(\.[0-9]*)?", text):  # thousands
-        text = text.replace(",", "")
-    value = exact(text)
-    if value is not None:
-        return str(value)
-    if "\\cup" in text:
-        return "\\cup".join(sorted(normal_part(part) for part in text.split("\\cup")))
-    braces = text[:2] == "\\{" and text[-2:] == "\\}"
-    parts = split_list(text[2:-2] if braces else text) or [text]
+    """One text for all ways to write a number, list, tuple, interval, set or matrix:
+    "(0.5,3)" -> "(1/2,3)"."""
+    sets = split_list(text, "∪") or [text]
+    if len(sets) > 1:
+        return "∪".join(sorted(normal_part(part) for part in sets))
+    braces = text[:2] == "\\{" and text[-2:] == "\\}" and split_list(text[2:-2])
+    parts = braces or split_list(text) or [text]
     if braces or len(parts) > 1:  # a list without brackets is read as a set, too: "x=1,x=2"
-        return "{" + ",".join(sorted({normal_part(part) for part in parts})) + "}"
-    parts = split_list(text[1:-1]) or []
-    if text[:1] in ("(", "[") and text[-1:] in (")", "]") and len(parts) > 1:
-        return text[0] + ",".join(normal_part(part) for part in parts) + text[-1]
-    return text.replace(";", ",")
+        return "{" + ",".join(sorted(normal_part(part) for part in parts)) + "}"
+    inside = split_list(text[1:-1]) if text[:1] in ("(", "[") and text[-1:] in (")", "]") else None
+    if inside and len(inside) > 1:
+        return text[0] + ",".join(normal_part(part) for part in inside) + text[-1]
+    if inside and text[0] + text[-1] == "()":  # "(5)", "(B)"
+        return normal_part(inside[0])
+    matrix = re.fullmatch(r"\\begin\{pmatrix\}(.*?)(?:\\\\)?\\end\{pmatrix\}", text)
+    if matrix:
+        rows = [row.split("&") for row in matrix[1].split("\\\\")]
+        return f"matrix {[[normal_part(cell) for cell in row] for row in rows]}"
+    return "".join(normal_term(part) for part in re.split("(<=|>=|[=<>≠])", text))
 
 
-# "x=", "x \in" and "(x,y)=" at the start of an answer or of each item of a list.
-VARIABLE = re.compile(r"(^|[,;])([a-zA-Z](?:_?\w)?|\(\w(?:[,;]\w)+\))(?:=|\\in(?![a-z]))", re.ASCII)
+# "x=", "f(x)=", "AB=", "x \in" and "(x,y)=" at the start of an answer or of each item of a list.
+VARIABLE = re.compile(
+    r"(^|[,;])((?:[a-zA-Z]|[A-Z]{2,3}|\\angle[A-Z]{1,3}|\\(?:alpha|beta|gamma|delta|theta|lambda|mu"
+    r"|phi|varphi|omega))(?:\d|_\w|_\{\w+\})?'?(?:\^\{-1\})?(?:\(\w\))?|\(\w(?:[,;]\w)+\))"
+    r"(?:=|\\in(?![a-z]))", re.ASCII)
 
 
 def normal_form(text):
-    """(variable, form) of an answer: "x = \\dfrac12" gives ("x", "1/2"), "50\\%" gives ("", "50")."""
+    """(variable, form) of an answer: "x = \\dfrac12" gives ("x", "1/2"), "50\\%" ("", "50")."""
     for pattern, by in REWRITES:
         text = pattern.sub(by, text)
     names = {name.replace(";", ",") for _, name in VARIABLE.findall(text)}
@@ -540,16 +594,15 @@ def read_problem(record):
 
 
 def download(path):
-    """The local path of a file in a Hugging Face dataset repository; nothing else goes online."""
+    """The local copy of a file in a Hugging Face dataset repository; nothing else goes online."""
     match = re.fullmatch(r"hf://([^/@]+/[^/@]+)(?:@([^/]+))?/(.+)", path)
     if not match:
         raise ValueError(f"{path} is not of the form hf://owner/repo/file.jsonl.")
-    repo, revision, filename = match.groups()
-    import huggingface_hub  # only here, so that everything else runs without it
-
     try:
-        return huggingface_hub.hf_hub_download(
-            repo_id=repo, filename=filename, repo_type="dataset", revision=revision)
+        from huggingface_hub import hf_hub_download  # everything else runs without it
+
+        return hf_hub_download(
+            repo_id=match[1], revision=match[2], filename=match[3], repo_type="dataset")
     except Exception as error:  # offline, no such file, no access: many types, one sentence
         raise ValueError(f"Cannot fetch {path}: {' '.join(str(error).split())}") from None
 
