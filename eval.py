@@ -186,7 +186,7 @@ def write_json(path, value):
 def read_flags(file):
     """The flags.json of a run or of runs/base; ValueError where it is missing, damaged or without a task."""
     def reader():
-        flags = json.loads(file.read_text())
+        flags = {"verifier": None} | json.loads(file.read_text())               # a run from before --verifier has none
         return flags | {key: flags[key] for key in SETTING}
     return policy_module.read(file, reader)
 
@@ -230,6 +230,8 @@ def run(argv=None):
         policy, tokenizer = policy_module.load(Path(name) / "model" if name in runs else name, device, dtype)
         fill_task_flags(args, tokenizer)
         task = make_task(args, held_out=1.0 if args.task == "math" else 0.1)
+        if not results and task.notes:
+            print(*task.notes, sep="\n")
         label = name.rstrip("/").split("/")[-1]
         generator = torch.Generator(device).manual_seed(args.seed)
         results[label if label not in results else name] = evaluate(

@@ -32,7 +32,12 @@ import hashlib
 import json
 import random
 import re
+import subprocess
+import sys
+import threading
+from decimal import Decimal
 from fractions import Fraction
+from pathlib import Path
 from typing import NamedTuple
 
 MAX_ANSWER = 400  # characters; a longer answer is refused before anything reads it
@@ -167,12 +172,13 @@ STYLES = {
 class Countdown:
     """Random problems: a count of numbers from counts, each in 1..high, and a target in range.
 
-    held_out is the share of all problems that is kept for evaluation and never trained on.
+    With path the problems are those of a file, and only `example` still makes its own. held_out is
+    the share of all problems that is kept for evaluation and never trained on.
     """
 
     system = "You are a careful assistant who solves arithmetic puzzles."
 
-    def __init__(self, counts=(4,), high=9, targets=(1, 60), style="bare", held_out=0.1):
+    def __init__(self, counts=(4,), high=9, targets=(1, 60), style="bare", held_out=0.1, path=None):
         check_style(style)
         check_share(held_out)
         if not counts or not all(isinstance(n, int) and 2 <= n <= 5 for n in counts):
@@ -183,6 +189,10 @@ class Countdown:
             raise ValueError(f"targets must be a pair (lowest, highest), not {targets}.")
         self.counts, self.high, self.targets = tuple(counts), high, tuple(targets)
         self.style, self.held_out = style, held_out
+        self.problems, self.notes = None, []  # notes: what the user should hear about the file
+        if path is not None:
+            self.problems = Problems(path, read_countdown, self.is_held_out)
+            self.notes = self.problems.notes + unsolvable(self)
 
     def example(self, rng, held_out=False):
         """One problem of the split with one answer: (Problem((4, 7, 2, 9), 24), "2*(9+7-4)").
@@ -213,11 +223,15 @@ class Countdown:
         raise ValueError(f"No such problem in {MAX_TRIES} draws: widen targets={self.targets}.")
 
     def problem(self, rng, held_out=False):
+        if self.problems:
+            return self.problems.draw(rng, held_out)
         return self.example(rng, held_out)[0]
 
     def held_out_problems(self, n):
         """The same n distinct held-out problems on every call and every machine;
-        a longer list starts with the shorter one."""
+        a longer list starts with the shorter one. Of a file at most what it has."""
+        if self.problems:
+            return self.problems.held_out[:n]
         rng, problems, repeats = random.Random(0), {}, 0
         while len(problems) < n and repeats < 1000:
             problem = self.problem(rng, held_out=True)
@@ -327,6 +341,16 @@ def all_nodes(numbers):
     return nodes
 
 
+def unsolvable(task):
+    """[a sentence on how many problems of the task's file have no solution], or [] if all have one.
+    At most 500 of up to four numbers are tried, for a few seconds; five numbers take far longer."""
+    problems = [x for x in task.problems.train + task.problems.held_out if len(x.numbers) <= 4]
+    tried = random.Random(0).sample(problems, min(500, len(problems)))
+    lost = sum(not task.solutions(problem) for problem in tried)
+    note = f"{task.problems.path}: {lost} of {len(tried)} problems tried have no solution."
+    return [note] if lost else []
+
+
 # ---- Shared by both tasks
 
 
@@ -344,6 +368,131 @@ def check_style(style):
 def check_share(held_out):
     if not 0 <= held_out <= 1:
         raise ValueError(f"held_out is a share between 0 and 1, not {held_out}.")
+
+
+class Problems:
+    """The problems of a file, split in two lists, `train` and `held_out`, in file order."""
+
+    def __init__(self, path, read, is_held_out):
+        self.path, self.notes = path, []
+        problems = load_problems(path, read, self.notes.append)
+        self.train = [problem for problem in problems if not is_held_out(problem)]
+        self.held_out = [problem for problem in problems if is_held_out(problem)]
+
+    def draw(self, rng, held_out):
+        problems = self.held_out if held_out else self.train
+        if not problems:
+            kind = "held-out problem" if held_out else "problem to train on"
+            raise ValueError(f"The split leaves no {kind} of {self.path}.")
+        return rng.choice(problems)
+
+    def leave_out(self, tokens_of, room):
+        """Drop problems whose prompt, of tokens_of(problem) tokens, exceeds room -> how many."""
+        before = len(self.train) + len(self.held_out)
+        self.train = [problem for problem in self.train if tokens_of(problem) <= room]
+        self.held_out = [problem for problem in self.held_out if tokens_of(problem) <= room]
+        return before - len(self.train) - len(self.held_out)
+
+
+class MathProblem(NamedTuple):
+    question: str
+    answer: str  # LaTeX or plain
+
+
+def read_math(record):
+    """The MathProblem of a JSON object; a ValueError says what it lacks.
+
+    It has problem, question or prompt, a text or a chat, and answer, label or solution. Of a worked
+    solution only what follows "####", or its last \\boxed{}, is the answer.
+    """
+    question = next((record[k] for k in ("problem", "question", "prompt") if record.get(k)), None)
+    if isinstance(question, list):  # a chat: what its user said last
+        turns = [turn for turn in question if isinstance(turn, dict) and turn.get("role") == "user"]
+        question = turns[-1].get("content") if turns else None
+    if isinstance(record.get("reward_model"), dict):  # verl keeps ground_truth in there
+        record = record["reward_model"] | record
+    keys = ("answer", "final_answer", "label", "ground_truth", "solution")
+    fields = [key for key in keys if record.get(key) not in (None, "")]
+    answer = record[fields[0]] if fields else None
+    if isinstance(answer, list) and len(answer) == 1:  # OlympiadBench
+        answer = answer[0]
+    if not isinstance(question, str):
+        raise ValueError("no text under problem, question or prompt")
+    if not isinstance(answer, (str, int, float)):
+        raise ValueError("no text or number under answer, final_answer, label or solution")
+    if isinstance(answer, float):  # 1e+16 is nothing that an answer would say
+        answer = format(Decimal(str(answer)), "f")
+    answer = re.sub(r"\\boxed\s+(\w+)", r"\\boxed{\1}", str(answer))
+    boxed = last_boxed(answer)
+    if "####" in answer:  # GSM8K
+        answer = answer.rpartition("####")[2]
+    elif boxed is not None:
+        answer = boxed
+    elif fields[0] == "solution" and len(answer) > 40:  # some files keep the bare answer there
+        raise ValueError("the solution has no \\boxed{} and no answer beside it")
+    return MathProblem(question, answer.strip())
+
+
+def read_countdown(record):
+    """The Problem of a JSON object such as {"target": 44, "nums": [19, 36, 55, 7]}."""
+    numbers, target = record.get("nums"), record.get("target")
+    whole = isinstance(numbers, list) and {type(n) for n in [target, *numbers]} == {int}
+    if not whole or min(numbers, default=-1) < 0:
+        raise ValueError("no whole numbers under nums and target")
+    return Problem(tuple(numbers), target)
+
+
+def load_problems(path, read=read_math, say=print):
+    """What `read` makes of each JSON object of a file, one a line or all in one array.
+
+    path: a local file, or hf://owner/repo[@revision]/path/file.jsonl. An object that read refuses
+    is left out, and `say` is told how many were; ValueError where none is left.
+    """
+    file = download(path) if str(path).startswith("hf://") else path
+    try:
+        data = Path(file).read_bytes()
+    except OSError as error:
+        raise ValueError(f"Cannot read {path}: {error.strerror}.") from None
+    if data[:4] == b"PAR1":
+        code = f"pandas.read_parquet('{file}').to_json('data.jsonl', orient='records', lines=True)"
+        raise ValueError(f"{path} is a parquet file, to be converted once by: "
+                         f'python -c "import pandas; {code}"')
+    try:
+        array = data.lstrip()[:1] == b"["
+        lines = [json.dumps(x) for x in json.loads(data)] if array else data.split(b"\n")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not a JSON array: {error}.") from None
+    problems, refused = [], []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            if not isinstance(record, dict):
+                raise ValueError("not a JSON object")
+            problems.append(read(record))
+        except (ValueError, RecursionError) as error:
+            refused.append(f"line {number}: {error}")
+    if not problems:
+        raise ValueError(f"{path} holds no problems" + (f"; {refused[0]}." if refused else "."))
+    if refused:
+        count = len(refused) + len(problems)
+        say(f"{path}: {len(refused)} of {count} lines left out, the first {refused[0]}.")
+    return problems
+
+
+def download(path):
+    """The local copy of a file in a Hugging Face dataset repository; nothing else goes online."""
+    match = re.fullmatch(r"hf://([^/@]+/[^/@]+)(?:@([^/]+))?/(.+)", path)
+    if not match:
+        raise ValueError(f"{path} is not of the form hf://owner/repo/file.jsonl.")
+    try:
+        from huggingface_hub import hf_hub_download  # everything else runs without it
+
+        return hf_hub_download(
+            repo_id=match[1], revision=match[2], filename=match[3], repo_type="dataset")
+    except Exception as error:  # offline, no such file, no access: many types, one sentence
+        raise ValueError(f"Cannot fetch {path}: {' '.join(str(error).split())}") from None
 
 
 # ---- Math
@@ -537,98 +686,72 @@ def math_reward(text, answer) -> float:
     return float(form == true_form and form != "")
 
 
-class MathProblem(NamedTuple):
-    question: str
-    answer: str  # LaTeX or plain
+class MathVerify:
+    """The grader of the package math-verify, called like `math_reward`, in a process of its own:
+    its time limit is a signal, which long computations in C do not obey, but a process can be
+    killed. A text on which it raises or hangs gets 0.0 and is counted in `failed`."""
 
-
-def load_problems(path):
-    """The problems of a .jsonl file, a local one or hf://owner/repo[@revision]/path/file.jsonl.
-
-    A line has problem, question or prompt, and answer or solution: {"problem": "1+1?", "answer":
-    "2"}. Of a worked solution only what follows "####", or its last \\boxed{}, is the answer.
-    """
-    file = path
-    if str(path).startswith("hf://"):
-        file = download(path)
+    program = """
+import json, sys
+from math_verify import parse, verify
+out, sys.stdout = sys.stdout, sys.stderr
+for line in sys.stdin:
     try:
-        with open(file, "rb") as stream:  # bytes, so that bad UTF-8 is an error of its line
-            lines = stream.read().split(b"\n")
-    except OSError as error:
-        raise ValueError(f"Cannot read {path}: {error.strerror}.") from None
-    problems = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            problems.append(read_problem(json.loads(line)))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number}: {error}") from None
-    if not problems:
-        raise ValueError(f"{path} holds no problems.")
-    return problems
+        text, answer = (parse(x, raise_on_error=True) for x in json.loads(line))
+        print(verify(answer, text, raise_on_error=True), file=out, flush=True)
+    except Exception:
+        print("failed", file=out, flush=True)
+"""
 
+    def __init__(self, seconds=30):
+        self.seconds, self.failed, self.child = seconds, 0, None
+        if self("\\boxed{1}", "1") != 1.0:
+            raise ValueError("--verifier math-verify needs that package: pip install math-verify.")
 
-def read_problem(record):
-    """The MathProblem of one line's JSON; a ValueError says what it lacks."""
-    if not isinstance(record, dict):
-        raise ValueError("not a JSON object")
-    question = next((record[k] for k in ("problem", "question", "prompt") if record.get(k)), None)
-    fields = [k for k in ("answer", "final_answer", "solution") if record.get(k) not in (None, "")]
-    answer = record[fields[0]] if fields else None
-    if isinstance(answer, list) and len(answer) == 1:  # OlympiadBench
-        answer = answer[0]
-    if not isinstance(question, str):
-        raise ValueError("no text under problem, question or prompt")
-    if not isinstance(answer, (str, int, float)):
-        raise ValueError("no text or number under answer, final_answer or solution")
-    answer = str(answer)
-    boxed = last_boxed(answer)
-    if "####" in answer:  # GSM8K
-        answer = answer.rpartition("####")[2]
-    elif boxed is not None:
-        answer = boxed
-    elif fields[0] == "solution" and len(answer) > 40:  # some files keep the bare answer there
-        raise ValueError("the solution has no \\boxed{} and no answer beside it")
-    return MathProblem(question, answer.strip())
-
-
-def download(path):
-    """The local copy of a file in a Hugging Face dataset repository; nothing else goes online."""
-    match = re.fullmatch(r"hf://([^/@]+/[^/@]+)(?:@([^/]+))?/(.+)", path)
-    if not match:
-        raise ValueError(f"{path} is not of the form hf://owner/repo/file.jsonl.")
-    try:
-        from huggingface_hub import hf_hub_download  # everything else runs without it
-
-        return hf_hub_download(
-            repo_id=match[1], revision=match[2], filename=match[3], repo_type="dataset")
-    except Exception as error:  # offline, no such file, no access: many types, one sentence
-        raise ValueError(f"Cannot fetch {path}: {' '.join(str(error).split())}") from None
+    def __call__(self, text, answer):
+        if self.child is None:  # a session of its own: Ctrl-C in the terminal is not for it
+            self.child = subprocess.Popen(
+                [sys.executable, "-c", self.program], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL, text=True, start_new_session=True)
+        timer = threading.Timer(self.seconds, self.child.kill)
+        timer.start()
+        print(json.dumps([text, f"\\boxed{{{answer}}}"]), file=self.child.stdin, flush=True)
+        verdict = self.child.stdout.readline().strip()  # "" when it was killed
+        timer.cancel()
+        if verdict not in ("True", "False"):
+            self.failed += 1
+        if not verdict:
+            self.child = None
+        return float(verdict == "True")
 
 
 class Math:
-    """Questions from a file, split like Countdown; held_out=1.0 keeps all for evaluation."""
+    """Questions from a file, split like Countdown; held_out=1.0 keeps all for evaluation.
+    verifier: "ours", which is `math_reward`, or "math-verify", which is the package."""
 
     style = "boxed"
     system = "Please reason step by step, and put your final answer within \\boxed{}."
 
-    def __init__(self, path, held_out=0.1):
+    def __init__(self, path, held_out=0.1, verifier="ours"):
         check_share(held_out)
-        self.path, self.held_out = path, held_out
-        problems = load_problems(path)
-        self.train_list = [p for p in problems if not self.is_held_out(p)]
-        self.held_out_list = [p for p in problems if self.is_held_out(p)]
+        self.held_out, self.judge = held_out, math_reward
+        self.problems = Problems(path, read_math, self.is_held_out)
+        self.notes = self.problems.notes  # what the user should hear about the file
+        if verifier == "math-verify":
+            self.judge = MathVerify()
+            return
+        answers = [problem.answer for problem in self.problems.train + self.problems.held_out]
+        lost = [answer for answer in answers if math_reward(f"\\boxed{{{answer}}}", answer) == 0]
+        if lost:
+            self.notes.append(f"{path}: no answer can match {len(lost)} of the {len(answers)} "
+                              f"reference answers, the first of them {lost[0][:50]!r}.")
 
     def problem(self, rng, held_out=False):
-        problems = self.held_out_list if held_out else self.train_list
-        if not problems:
-            raise ValueError(f"held_out={self.held_out} leaves no problem of {self.path} here.")
-        return rng.choice(problems)
+        return self.problems.draw(rng, held_out)
 
     def held_out_problems(self, n=None):
         """The first n held-out problems in file order, all of them without n."""
-        return self.held_out_list[:n]
+        return self.problems.held_out[:n]
 
     def is_held_out(self, problem):
         return hashed_share(problem.question) < self.held_out
@@ -639,7 +762,7 @@ class Math:
                 "within \\boxed{}.")
 
     def reward(self, problem, text):
-        return math_reward(text, problem.answer)
+        return self.judge(text, problem.answer)
 
     def canonical(self, text):
         """The normal form of the last boxed answer, None when there is none."""
@@ -649,14 +772,15 @@ class Math:
 
 # ---- The task's flags, which train.py and eval.py share
 
-SETTING = ("task", "prompt", "counts", "high", "targets", "max_new_tokens")  # what is measured
+# The flags that say what is measured.
+SETTING = ("task", "prompt", "counts", "high", "targets", "max_new_tokens", "verifier")
 
 # The style decides the defaults: a bare expression, or reasoning that ends in a tag or a box.
 DEFAULTS = {
     "bare": {"counts": [4], "high": 9, "targets": [1, 60], "max_new_tokens": 24},
     "ask": {"counts": [3, 4], "high": 99, "targets": [10, 100], "max_new_tokens": 48},
     "think": {"counts": [3, 4], "high": 99, "targets": [10, 100], "max_new_tokens": 1024},
-    "boxed": {"max_new_tokens": 2048},
+    "boxed": {"verifier": "ours", "max_new_tokens": 2048},
 }
 
 
@@ -664,12 +788,15 @@ def add_task_flags(parser):
     group = parser.add_argument_group("the task")
     flag = group.add_argument
     flag("--task", choices=["countdown", "math"], default="countdown")
-    flag("--data", help="math: problems as FILE.jsonl or hf://owner/repo/file.jsonl")
+    flag("--data", help="problems as FILE.jsonl or hf://owner/repo/file.jsonl; countdown: default "
+         "is to make them up, and with --data only those of the warm start are")
     flag("--prompt", choices=[*STYLES, Math.style], help="the style: how to ask, and where the "
          "answer is; default: bare, or think (math: boxed) where there is a chat template")
     flag("--counts", type=int, nargs="+", help="countdown: how many numbers a problem may have")
     flag("--high", type=int, help="countdown: largest number")
     flag("--targets", type=int, nargs=2, help="countdown: smallest and largest target")
+    flag("--verifier", choices=["ours", "math-verify"], help="math: who compares answers, default "
+         "ours; math-verify is a package that can do algebra")
     flag("--max-new-tokens", type=int, help="longest answer")
 
 
@@ -685,9 +812,10 @@ def fill_task_flags(flags, tokenizer):
             setattr(flags, name, value)
     if flags.max_new_tokens < 1:
         raise ValueError("--max-new-tokens must be at least 1.")
-    if math != (flags.data is not None):
-        raise ValueError("--task math needs --data, a .jsonl file or hf://owner/repo/file.jsonl; "
-                         "other tasks take none.")
+    if math and flags.data is None:
+        raise ValueError("--task math needs --data, a .jsonl file or hf://owner/repo/file.jsonl.")
+    if flags.verifier and not math:
+        raise ValueError("--verifier belongs to --task math.")
     if math and (flags.counts or flags.high or flags.targets):
         raise ValueError("--counts, --high and --targets belong to --task countdown.")
 
@@ -695,6 +823,6 @@ def fill_task_flags(flags, tokenizer):
 def make_task(flags, held_out=0.1):
     """The task that flags describe, once `fill_task_flags` has seen them."""
     if flags.task == "math":
-        return Math(flags.data, held_out)
+        return Math(flags.data, held_out, flags.verifier)
     counts, targets = tuple(flags.counts), tuple(flags.targets)
-    return Countdown(counts, flags.high, targets, flags.prompt, held_out)
+    return Countdown(counts, flags.high, targets, flags.prompt, held_out, flags.data)

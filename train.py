@@ -549,15 +549,19 @@ def run(argv=None):
         args.max_len = args.max_new_tokens
     judge = task if args.eval_data is None else make_task(
         argparse.Namespace(**vars(args) | {"data": args.eval_data}), held_out=1.0)
+    if args.data:                                      # one prompt without room for an answer must not end a night's run
+        room = policy.config.max_position_embeddings - args.max_new_tokens
+        def tokens_of(problem):
+            return len(tokenizer(chat(tokenizer, task.system, task.prompt(problem), task.style)).input_ids)
+        for each in [task] if judge is task else [task, judge]:
+            left_out = each.problems.leave_out(tokens_of, room)
+            if rank() == 0 and left_out:
+                print(f"{each.problems.path}: {left_out} problems are left out: prompts over {room} tokens.")
+            if rank() == 0 and each.notes:
+                print(*each.notes, sep="\n")
     exam = judge.held_out_problems(args.eval_problems)                          # told now if there are too few, not at the end
     if args.eval_problems and not exam:
         raise ValueError(f"'{args.eval_data or args.data}' holds no problem to evaluate on: --eval-problems 0 does without.")
-    if args.task == "math":                            # one prompt without room for an answer must not end a night's run
-        room, problems = policy.config.max_position_embeddings - args.max_new_tokens, task.train_list
-        ask = lambda problem: chat(tokenizer, task.system, task.prompt(problem), task.style)
-        task.train_list = [problem for problem in problems if len(tokenizer(ask(problem)).input_ids) <= room]
-        if rank() == 0 and len(task.train_list) < len(problems):
-            print(f"{len(problems) - len(task.train_list)} of {len(problems)} problems are left out: prompts over {room} tokens.")
     task.problem(random.Random(0))                     # none left is told now, too
     folder = Path(args.out) / args.name
     lock = in_first(lambda: open_run(folder, args))    # held until the process ends

@@ -20,9 +20,14 @@ Bugs that these tests kill; each was put in once and seen to fail:
               list that come twice made one; decimal commas as thousands; "or" between inequalities
               as "and"
   files       line number from 0 or without blank lines; empty file accepted; "solution" before
-              "answer"; hub file as a local one, of a model repository, without its revision
+              "answer"; hub file as a local one, of a model repository, without its revision; one
+              bad line refusing the file, or left out without a word; the first turn of a chat
+              asked; 1e16 kept as 1e+16; a reference that nothing matches told to nobody
+  task        a file's Countdown problems trained and measured on alike, or made up after all;
+              long prompts kept in one of the lists; a grader that hangs, dies or is not there
 """
 
+import argparse
 import ast
 import doctest
 import itertools
@@ -929,9 +934,10 @@ def test_two_ways_to_write_are_equal_exactly_where_the_values_are():
 PARTS = [
     *"0 1 2 12 345 0.5 .5 1,234 1{,}234 x y i e n A - + = < > / * ^2 ^{10} _5 ! & . , ; ²".split(),
     *"( ) [ ] { } \\{ \\} ٥ − ∪ \\\\ \\pi \\infty +\\infty \\sqrt2 \\sqrt{3} \\sqrt".split(),
-    *"\\frac12 \\frac{1}{2} \\frac \\dfrac{ 3\\pi/4 x= f(x)= \\theta= \\in \\le \\geq != \\cup".split(),
-    *"\\quad \\, \\! \\; ~ \\left \\right \\bigl \\cdot \\times \\boxed{ \\mathrm{i} \\text{ ^\\circ \\% \\$".split(),
-    *"\\begin{pmatrix} \\end{pmatrix} \\begin{bmatrix} \\begin{array}{cc} \\end{array} percent a.m.".split(),
+    *"\\frac12 \\frac{1}{2} \\frac \\dfrac{ 3\\pi/4 x= f(x)= \\theta= \\in \\le \\geq !=".split(),
+    *"\\cup \\quad \\, \\! \\; ~ \\left \\right \\bigl \\cdot \\times \\boxed{ \\mathrm{i}".split(),
+    *"\\text{ ^\\circ \\% \\$ \\begin{pmatrix} \\end{pmatrix} \\begin{bmatrix}".split(),
+    *"\\begin{array}{cc} \\end{array} percent a.m.".split(),
     " ", "  ", "\n", " and ", " or ", " cm^2", "\\text{ cm}", "\\text{ and }", "\\text{ million}",
     "\\text{ P.M.}", "11,\\! 111",
 ]
@@ -993,11 +999,26 @@ def write(tmp_path, *lines, name="data.jsonl"):
     ({"question": "q", "answer": "\\boxed{9}"}, "q", "9"),
     ({"question": "q", "final_answer": ["$9$"], "solution": ["..."]}, "q", "$9$"),
     ({"problem": "é \\text{中}", "answer": "5", "level": 3}, "é \\text{中}", "5"),
+    ({"prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}],
+      "label": "34"}, "q", "34"),
+    ({"prompt": [{"role": "user", "content": "q"}], "ability": "math",
+      "reward_model": {"style": "rule", "ground_truth": "\\frac12"}}, "q", "\\frac12"),
+    ({"prompt": [{"role": "user", "content": "no"}, {"role": "assistant", "content": "a"},
+                 {"role": "user", "content": "q"}], "label": 3}, "q", "3"),
+    ({"prompt": "q", "reward_model": {"ground_truth": ["5"]}}, "q", "5"),
+    ({"problem": "q", "reward_model": "gpt", "answer": "5"}, "q", "5"),
+    ({"problem": "q", "answer": 1e16}, "q", "10000000000000000"),
+    ({"problem": "q", "answer": 0.00001}, "q", "0.00001"),
+    ({"problem": "q", "answer": -2.5}, "q", "-2.5"),
+    ({"problem": "q", "solution": "The answer is $\\boxed 5$."}, "q", "5"),
 ])
 def test_load_problems(tmp_path, record, question, answer):
     path = write(tmp_path, "", record, "   ", record, "")
     assert load_problems(path) == [(question, answer)] * 2
     assert load_problems(path)[0].question == question
+    array = tmp_path / "array.json"
+    array.write_text("\n" + json.dumps([record] * 3, indent=1), "utf-8")
+    assert load_problems(array) == [(question, answer)] * 3, "a JSON array is read like lines"
 
 
 @pytest.mark.parametrize("bad", [
@@ -1006,24 +1027,41 @@ def test_load_problems(tmp_path, record, question, answer):
     '{"problem": 3, "answer": 3}',
     '{"problem": "q", "answer": ["1", "2"]}', '{"problem": "q", "answer": {}}',
     json.dumps({"problem": "q", "solution": "a proof without any box, longer than an answer is"}),
+    '{"prompt": [], "label": "5"}',
+    '{"prompt": [{"role": "system", "content": "q"}], "label": "5"}',
+    '{"prompt": [{"role": "user"}], "label": "5"}', '{"prompt": ["q", 3, null], "label": "5"}',
+    '{"problem": "q", "reward_model": {}}', '{"problem": "q", "reward_model": [1]}',
 ])
-def test_bad_line_is_named(tmp_path, bad):
-    good = {"problem": "q", "answer": "1"}
-    path = write(tmp_path, good, "", bad, good)
-    with pytest.raises(ValueError, match=r"data\.jsonl, line 3: "):
-        load_problems(path)
+def test_a_bad_line_is_left_out_and_told(tmp_path, bad):
+    """Kills a file of hundreds refused for one line, and lines dropped without a word."""
+    good, said = {"problem": "q", "answer": "1"}, []
+    path = write(tmp_path, good, "", bad, *[good] * 398)
+    assert len(load_problems(path, say=said.append)) == 399
+    assert len(said) == 1 and "1 of 400 lines left out, the first line 3: " in said[0], said
+    alone = write(tmp_path, "", bad, name="alone.jsonl")
+    if not bad.startswith("["):  # there it is a JSON array, and a bad one
+        with pytest.raises(ValueError, match=r"alone\.jsonl holds no problems; line 2: "):
+            load_problems(alone)
 
 
 def test_files_that_cannot_be_read(tmp_path):
-    with pytest.raises(ValueError, match="holds no problems"):
-        load_problems(write(tmp_path, "", "  "))
+    for text in ("", "\n  \n", "[]", "[\n]"):
+        with pytest.raises(ValueError, match=r"holds no problems\.$"):
+            load_problems(write(tmp_path, text))
     with pytest.raises(ValueError, match="Cannot read .*nowhere.jsonl: No such file"):
         load_problems(str(tmp_path / "nowhere.jsonl"))
     with pytest.raises(ValueError, match="Cannot read .*directory"):
         load_problems(str(tmp_path))
+    for text in ("[" * 9000, '[{"problem": "q"', "[1] [2]"):
+        with pytest.raises(ValueError, match="is not a JSON array"):
+            load_problems(write(tmp_path, text))
+    said = []
     (tmp_path / "latin.jsonl").write_bytes(b'{"problem": "q", "answer": "1"}\n{"problem": "\xe9"}')
-    with pytest.raises(ValueError, match=r"latin\.jsonl, line 2: "):
-        load_problems(tmp_path / "latin.jsonl")
+    assert load_problems(tmp_path / "latin.jsonl", say=said.append) == [("q", "1")]
+    assert "line 2" in said[0], "a line that is not UTF-8 is one bad line"
+    (tmp_path / "p.parquet").write_bytes(b"PAR1\x15\x04")
+    with pytest.raises(ValueError, match=r"python -c .import pandas; .*p\.parquet.*lines=True"):
+        load_problems(tmp_path / "p.parquet")
 
 
 @pytest.mark.parametrize("path, repo, revision, filename", [
@@ -1072,7 +1110,7 @@ def test_math_task(tmp_path):
     assert len(drawn) == 400 - len(held_out), "every other problem occurs"
     assert all(task.is_held_out(task.problem(rng, held_out=True)) for _ in range(20))
     assert len(Math(path, held_out=1.0).held_out_problems()) == 400
-    with pytest.raises(ValueError, match="leaves no problem"):
+    with pytest.raises(ValueError, match="leaves no problem to train on"):
         Math(path, held_out=1.0).problem(rng)
     assert Math(path, held_out=0.0).held_out_problems() == []
     x = held_out[0]
@@ -1081,7 +1119,162 @@ def test_math_task(tmp_path):
     assert task.reward(x, task.prompt(x)) == 0, "the prompt copied"
     assert task.canonical("\\boxed{\\frac12}") == task.canonical("\\boxed{0.5}") == "1/2"
     assert task.canonical("no box") is task.canonical("\\boxed{}") is task.canonical(None) is None
-    assert "\\boxed" in task.system
+    assert "\\boxed" in task.system and task.notes == []
+
+
+def test_references_that_no_answer_can_match_are_told(tmp_path):
+    """Kills problems that nobody can solve and nobody hears of: too long, unbalanced, empty."""
+    bad = ["x" * (CAP + 1), "\\frac{1}{2", "$$", "5}{"]
+    good = ["x" * CAP, "1", "\\text{no}", "\\{1\\}", "10^{100}", "[1,2)"]
+    lines = [{"problem": f"q{n}", "answer": answer} for n, answer in enumerate(good + bad)]
+    notes = Math(write(tmp_path, *lines)).notes
+    assert len(notes) == 1 and "can match 4 of the 10 reference answers" in notes[0], notes
+    for answer in good:
+        assert math_reward(f"\\boxed{{{answer}}}", answer) == 1, answer
+    assert Math(write(tmp_path, *lines[: len(good)])).notes == []
+
+
+COUNTDOWN_LINES = [{"target": 24, "nums": [4, 7, 2, n]} for n in range(1, 100)]
+
+
+def test_countdown_from_a_file(tmp_path):
+    """Kills problems made up beside those of the file, and one split of them in the other."""
+    path = write(tmp_path, *COUNTDOWN_LINES)
+    task, rng = Countdown(path=path, style="think"), random.Random(1)
+    known = {Problem(tuple(line["nums"]), line["target"]) for line in COUNTDOWN_LINES}
+    held_out = task.held_out_problems(1000)
+    train = {task.problem(rng) for _ in range(2000)}
+    assert train | set(held_out) == known and not train & set(held_out)
+    assert 3 < len(held_out) < 25, f"held_out=0.1 of 99 keeps {len(held_out)}"
+    assert held_out == [p for p in task.problems.held_out if p in known], "file order"
+    assert task.problem(rng, held_out=True) in held_out
+    assert task.reward(Problem((4, 7, 2, 9), 24), "<answer>2*(9+7-4)</answer>") == 1
+    problem, answer = task.example(rng)  # for a warm start: these are made up
+    assert task.reward(problem, f"<answer>{answer}</answer>") == 1
+    assert len(Countdown(path=path, held_out=1.0).held_out_problems(1000)) == 99
+
+
+def test_countdown_problems_without_a_solution_are_told(tmp_path):
+    """Kills rewards that can never be had and of which nobody hears."""
+    lines = [*COUNTDOWN_LINES[:3], {"target": 99, "nums": [1, 1]}, {"target": 0, "nums": [7]},
+             {"target": 7, "nums": [7]}, {"target": 1, "nums": [1, 2, 3, 4, 5, 6]}]
+    notes = Countdown(path=write(tmp_path, *lines)).notes
+    assert len(notes) == 1 and "2 of 6 problems tried have no solution" in notes[0], notes
+    bad = [{"target": 1.5, "nums": [1]}, {"nums": [1]}, {"target": 1, "nums": []}, [3], "{",
+           {"target": 1, "nums": [1, "2"]}, {"target": 3, "nums": [-1, 4]},
+           {"target": 1, "nums": 1}, {"target": True, "nums": [1]}]
+    notes = Countdown(path=write(tmp_path, COUNTDOWN_LINES[8], *bad)).notes
+    assert len(notes) == 1 and "9 of 10 lines left out" in notes[0], notes
+    assert Countdown(path=write(tmp_path, *COUNTDOWN_LINES[6:9])).notes == []
+    assert LAPTOP.notes == [] and LAPTOP.problems is None
+
+
+def test_long_prompts_are_left_out_everywhere(tmp_path):
+    """Kills a list that keeps its long prompts, and a limit that is off by one."""
+    lines = [{"problem": "1" * n, "answer": "2"} for n in range(1, 101)]
+    for held_out in (0.0, 0.5, 1.0):
+        problems = Math(write(tmp_path, *lines), held_out).problems
+        assert problems.leave_out(tokens_of=lambda problem: len(problem.question), room=60) == 40
+        left = sorted(len(p.question) for p in problems.train + problems.held_out)
+        assert left == [*range(1, 61)], f"held_out={held_out}: prompts of {left} characters left"
+    problems = Countdown(path=write(tmp_path, *COUNTDOWN_LINES)).problems
+    assert problems.leave_out(tokens_of=lambda problem: sum(problem.numbers), room=20) == 92
+
+
+class Grader(rewards.MathVerify):
+    """The same with another program in place of the package: it hangs, dies, raises or answers."""
+
+    program = """
+import json, sys, time
+for line in sys.stdin:
+    text, answer = json.loads(line)
+    if text == "hang": time.sleep(60)
+    if text == "die": sys.exit(1)
+    print("failed" if text == "raise" else text == answer, flush=True)
+"""
+
+
+def test_a_grader_that_hangs_dies_or_raises_costs_one_answer():
+    """Kills a night's run that ends, or waits for ever, on one text of another package's grader."""
+    grader = Grader(seconds=3)
+    assert (grader("\\boxed{7}", "7"), grader("\\boxed{8}", "7"), grader.failed) == (1, 0, 0)
+    for failed, text in enumerate(["raise", "die", "hang"], start=1):
+        assert grader(text, "7") == 0 and grader.failed == failed, text
+        assert grader("\\boxed{7}", "7") == 1, f"the next answer after {text} counts again"
+    assert grader("\ud800", "7") == 0 and grader.failed == 3, "any text reaches it"
+    grader.child.kill()
+
+
+def test_the_verifier_of_a_package(tmp_path, monkeypatch):
+    """Kills --verifier without effect, and rewards of 0 for ever where the package is missing."""
+    path = write(tmp_path, {"problem": "q", "answer": "7"})
+    monkeypatch.setattr(Grader, "program", "import no_such_package")
+    with pytest.raises(ValueError, match="needs that package: pip install math-verify"):
+        Grader()
+    pytest.importorskip("math_verify")
+    task = Math(path, verifier="math-verify")
+    problem = task.problems.train[0] if task.problems.train else task.problems.held_out[0]
+    assert task.reward(problem, "\\boxed{3+4}") == 1 and task.reward(problem, "\\boxed{8}") == 0
+    assert Math(path).reward(problem, "\\boxed{3+4}") == 0, "ours does no algebra"
+    task.judge.child.kill()
+
+
+def flags_of(*words):
+    parser = argparse.ArgumentParser()
+    rewards.add_task_flags(parser)
+    return parser.parse_args(words)
+
+
+class NoTemplate:
+    chat_template = None
+
+
+class Template:
+    chat_template = "{{ messages }}"
+
+
+@pytest.mark.parametrize("words, tokenizer, filled", [
+    ([], NoTemplate, {"prompt": "bare", "counts": [4], "max_new_tokens": 24, "verifier": None}),
+    ([], Template, {"prompt": "think", "high": 99, "max_new_tokens": 1024}),
+    (["--prompt", "ask", "--high", "20"], Template, {"high": 20, "targets": [10, 100]}),
+    (["--task", "math", "--data", "x"], NoTemplate, {"prompt": "boxed", "verifier": "ours"}),
+    (["--data", "x", "--max-new-tokens", "7"], NoTemplate, {"prompt": "bare", "max_new_tokens": 7}),
+])
+def test_open_flags_are_filled_in(words, tokenizer, filled):
+    flags = flags_of(*words)
+    rewards.fill_task_flags(flags, tokenizer)
+    assert filled.items() <= vars(flags).items(), vars(flags)
+    once = dict(vars(flags))
+    rewards.fill_task_flags(flags, tokenizer)
+    assert vars(flags) == once, "filling in twice changes nothing"
+
+
+@pytest.mark.parametrize("words, why", [
+    (["--task", "math"], "--task math needs --data"),
+    (["--task", "math", "--data", "x", "--prompt", "bare"], "does not go with --task math"),
+    (["--prompt", "boxed"], "does not go with --task countdown"),
+    (["--max-new-tokens", "0"], "at least 1"),
+    (["--verifier", "math-verify"], "--verifier belongs to --task math"),
+    (["--task", "math", "--data", "x", "--high", "5"], "belong to --task countdown"),
+])
+def test_flags_that_contradict_are_told(words, why):
+    with pytest.raises(ValueError, match=why):
+        rewards.fill_task_flags(flags_of(*words), NoTemplate)
+
+
+def test_the_task_is_the_one_that_the_flags_describe(tmp_path):
+    """Kills a flag that make_task forgets to pass on."""
+    flags = flags_of("--counts", "3", "--high", "20", "--targets", "5", "50", "--prompt", "ask")
+    rewards.fill_task_flags(flags, Template)
+    task = rewards.make_task(flags, held_out=0.3)
+    facts = task.counts, task.high, task.targets, task.style, task.held_out, task.problems
+    assert facts == ((3,), 20, (5, 50), "ask", 0.3, None)
+    flags.data = write(tmp_path, *COUNTDOWN_LINES)
+    assert len(rewards.make_task(flags, held_out=1.0).held_out_problems(1000)) == 99
+    flags = flags_of("--task", "math", "--data", write(tmp_path, {"problem": "q", "answer": "7"}))
+    rewards.fill_task_flags(flags, Template)
+    task = rewards.make_task(flags, held_out=1.0)
+    assert task.held_out_problems() == [("q", "7")] and task.judge is math_reward
 
 
 def test_the_examples_in_the_docstrings_hold():
