@@ -33,7 +33,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 import policy as policy_module
-from rewards import Countdown, Math
+from rewards import SETTING, add_task_flags, fill_task_flags, make_task
 from sample import chat, sample
 
 
@@ -207,47 +207,6 @@ def plot(summaries, file, title):
     plt.close(figure)
 
 
-SETTING = ("task", "prompt", "counts", "high", "targets", "max_new_tokens")    # the flags that say what is measured
-
-# What a task's answers look like decides its defaults: a bare expression, or reasoning that ends in a tag or a box.
-STYLES = {"bare": dict(counts=[4], high=9, targets=[1, 60], max_new_tokens=24),
-          "ask": dict(counts=[3, 4], high=99, targets=[10, 100], max_new_tokens=48),
-          "think": dict(counts=[3, 4], high=99, targets=[10, 100], max_new_tokens=1024),
-          "boxed": dict(max_new_tokens=2048)}
-
-
-def add_task_flags(parser):
-    flags = parser.add_argument_group("the task")
-    flags.add_argument("--task", choices=["countdown", "math"], default="countdown", help="what is asked")
-    flags.add_argument("--data", help="math: problems as FILE.jsonl or hf://owner/repo/file.jsonl")
-    flags.add_argument("--prompt", choices=list(STYLES), help="how to ask; default: bare, or think (math: boxed) where the "
-                       "tokenizer has a chat template")
-    flags.add_argument("--counts", type=int, nargs="+", help="countdown: how many numbers a problem may have")
-    flags.add_argument("--high", type=int, help="countdown: largest number")
-    flags.add_argument("--targets", type=int, nargs=2, help="countdown: smallest and largest target")
-    flags.add_argument("--max-new-tokens", type=int, help="longest answer")
-
-
-def make_task(flags, tokenizer, held_out=0.1):
-    """The task that the flags describe; what they leave open is filled in from STYLES, in `flags` itself."""
-    if flags.prompt is None:
-        flags.prompt = "boxed" if flags.task == "math" else "bare" if tokenizer.chat_template is None else "think"
-    if (flags.task == "math") != (flags.prompt == "boxed"):
-        raise ValueError(f"--prompt {flags.prompt} does not go with --task {flags.task}.")
-    for name, value in STYLES[flags.prompt].items():
-        if getattr(flags, name) is None:
-            setattr(flags, name, value)
-    if flags.max_new_tokens < 1:
-        raise ValueError("--max-new-tokens must be at least 1.")
-    if (flags.task == "math") != (flags.data is not None):
-        raise ValueError("--task math needs --data, a .jsonl file or hf://owner/repo/file.jsonl; other tasks take none.")
-    if flags.task == "math":
-        if flags.counts or flags.high or flags.targets:
-            raise ValueError("--counts, --high and --targets belong to --task countdown.")
-        return Math(flags.data, held_out=held_out)
-    return Countdown(tuple(flags.counts), flags.high, tuple(flags.targets), flags.prompt, held_out=held_out)
-
-
 def parse(argv):
     parser = Parser(description=__doc__.split("\n")[0], usage="python eval.py MODEL ... [flags]")
     parser.add_argument("models", nargs="+", help="a run folder of train.py, a model folder, or a "
@@ -310,7 +269,11 @@ def run(argv=None):
     results = {temperature: {} for temperature in args.temperatures}
     for name, folder in task_of_runs(args).items():
         policy, tokenizer = policy_module.load(folder, device, dtype)
-        task = make_task(args, tokenizer, held_out=1.0 if args.task == "math" else 0.1)
+        fill_task_flags(args, tokenizer)
+        task = make_task(args, held_out=1.0 if args.task == "math" else 0.1)
+        notes = leave_out_too_long(task, tokenizer, policy, args.max_new_tokens)
+        if notes and not results[args.temperatures[0]]:
+            print(*notes, sep="\n")
         problems = task.held_out_problems(args.problems)
         label = Path(name).name
         label = name if label in results[args.temperatures[0]] else label
@@ -406,9 +369,25 @@ def read_flags(file):
     """The flags.json of a run or of runs/base; ValueError where it is missing, damaged or without
     a task."""
     def reader():
-        flags = json.loads(file.read_text())
+        flags = {"verifier": None} | json.loads(file.read_text())   # older runs have none
         return flags | {key: flags[key] for key in SETTING}
     return policy_module.read(file, reader)
+
+
+def leave_out_too_long(task, tokenizer, policy, max_new_tokens):
+    """Drop the problems of a file whose prompt leaves no room for an answer: one of them must not end
+    a night's work -> what there is to say about the file, a list of sentences."""
+    if task.problems is None:                          # made up, not read: none is too long
+        return []
+    room = policy.config.max_position_embeddings - max_new_tokens
+
+    def tokens_of(problem):
+        prompt = chat(tokenizer, task.system, task.prompt(problem), task.style)
+        return len(tokenizer(prompt).input_ids)
+
+    left_out = task.problems.leave_out(tokens_of, room)
+    return task.notes + [f"{task.problems.path}: {left_out} problems are left out: prompts over "
+                         f"{room} tokens."] * (left_out > 0)
 
 
 def fingerprint(path):

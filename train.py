@@ -42,9 +42,9 @@ from tqdm import tqdm
 import eval as evaluation
 import losses
 import policy as policy_module
-from eval import (SETTING, Parser, add_task_flags, explain, make_task, pick_device, read_flags,
-                  write_json)
+from eval import Parser, explain, pick_device, read_flags, write_json
 from policy import score
+from rewards import SETTING, add_task_flags, fill_task_flags, make_task
 from sample import Rollout, chat, encode, join, sample, take
 
 try:
@@ -520,7 +520,7 @@ def start_policy(args, device, dtype):
     if not (base / "model").is_dir():
         make_base(base, args, device)
     policy, tokenizer = policy_module.load(base / "model", device, dtype)
-    make_task(args, tokenizer)                         # fills in what the flags leave open
+    fill_task_flags(args, tokenizer)
     made = read_flags(base / "flags.json")
     if tokenizer.unk_token_id in tokenizer(policy_module.CHARACTERS).input_ids:
         raise ValueError(f"'{base}' was made with another tokenizer, which lacks some of "
@@ -538,7 +538,8 @@ def make_base(base, args, device):
         raise ValueError(f"'{base}' is not there yet: make it once in a single process, without "
                          "torchrun.")
     policy, tokenizer = policy_module.tiny(seed=args.seed)
-    task = make_task(args, tokenizer)
+    fill_task_flags(args, tokenizer)
+    task = make_task(args)
     task.problem(random.Random(0))                     # an impossible task is told before writing
     base.mkdir(parents=True, exist_ok=True)
     lock = lock_file(base / "lock")                    # until this returns: one process makes it
@@ -550,27 +551,21 @@ def make_base(base, args, device):
 
 def make_tasks(args, tokenizer, policy):
     """-> (the task to train on, (the task to measure on, its held-out problems))."""
-    task = make_task(args, tokenizer, held_out=0.0 if args.eval_data else 0.1)
-    judge = task if args.eval_data is None else make_task(
-        argparse.Namespace(**vars(args) | {"data": args.eval_data}), tokenizer, held_out=1.0)
+    fill_task_flags(args, tokenizer)
     if getattr(args, "max_len", 0) is None:            # dr_grpo divides by the longest answer
         args.max_len = args.max_new_tokens
+    task = judge = make_task(args, held_out=0.0 if args.eval_data else 0.1)
+    if args.eval_data:
+        flags = argparse.Namespace(**vars(args) | {"data": args.eval_data})
+        judge = make_task(flags, held_out=1.0)
+    for each in {task: None, judge: None}:             # in this order, and once if they are one
+        notes = evaluation.leave_out_too_long(each, tokenizer, policy, args.max_new_tokens)
+        if rank() == 0 and notes:
+            print(*notes, sep="\n", flush=True)
     exam = judge.held_out_problems(args.eval_problems)     # too few are told now, not at the end
     if args.eval_problems and not exam:
         raise ValueError(f"'{args.eval_data or args.data}' holds no problem to evaluate on: "
                          "--eval-problems 0 does without.")
-    if args.task == "math":                            # a prompt without room must not end a night
-        room = policy.config.max_position_embeddings - args.max_new_tokens
-
-        def fits(problem):
-            prompt = chat(tokenizer, task.system, task.prompt(problem), task.style)
-            return len(tokenizer(prompt).input_ids) <= room
-
-        problems = task.problems[False]
-        task.problems[False] = [problem for problem in problems if fits(problem)]
-        if rank() == 0 and len(task.problems[False]) < len(problems):
-            print(f"{len(problems) - len(task.problems[False])} of {len(problems)} problems are "
-                  f"left out: prompts over {room} tokens.")
     task.problem(random.Random(0))                     # none left is told now, too
     return task, (judge, exam)
 

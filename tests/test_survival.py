@@ -468,7 +468,8 @@ BAD = {                                                # command line -> what th
     # the task and its data
     "train --loss grpo --task math": "need --model",
     "train --loss grpo --prompt think": "need --model",
-    "train --loss grpo --data x.jsonl": "--task math needs --data",
+    "train --loss grpo --data x.jsonl": "Cannot read x.jsonl",
+    "train --loss grpo --verifier ours": "belongs to --task math",
     "train --loss grpo --eval-data x.jsonl": "--eval-data belongs to --task math",
     "math --prompt think": "does not go with",
     "math": "--task math needs --data",
@@ -476,7 +477,7 @@ BAD = {                                                # command line -> what th
     "math --data no.jsonl": "Cannot read no.jsonl",
     "math --data {out}/notes": "Is a directory",
     "math --data {out}/empty.jsonl": "holds no problems",
-    "math --data {out}/binary.jsonl": "binary.jsonl, line 1",
+    "math --data {out}/binary.jsonl": "binary.jsonl holds no problems; line 1",
     "math --data {out}/unreadable.jsonl": "Cannot read",
     "math --data hf://nobody": "is not of the form hf://owner/repo/file.jsonl",
     "math --data {out}/problems.jsonl --eval-data no.jsonl": "Cannot read no.jsonl",
@@ -510,7 +511,7 @@ BAD = {                                                # command line -> what th
     "eval {out}/taken --json {out}/nowhere/x.json": "cannot be written",
     "eval {out}/taken --plot {out}/notes": "cannot be written",
     "eval {out}/taken --task math": "does not go with",
-    "eval {out}/taken --data x.jsonl": "--task math needs --data",
+    "eval {out}/taken --data x.jsonl": "Cannot read x.jsonl",
     "eval {out}/taken --max-new-tokens 9999": "exceed the model's context",
     "eval {out}/taken --gamma_p 1": "--gamma_p",
 }
