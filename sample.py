@@ -23,9 +23,9 @@ import torch.nn.functional as F
 
 from policy import KVCache, head_dim, logits_of, operands
 
-SHARING = ("cpu",)      # devices where answers that begin alike share a row; elsewhere comparing them
-LOOK_EVERY = 8          # would cost a wait, and only every so many tokens is it asked who has ended
-SPAN = 256              # on a GPU attention reads the cache up to the next multiple of this
+SHARING = ("cpu",)      # devices on which answers that begin alike share a row
+LOOK_EVERY = 8          # elsewhere: every so many tokens it is asked which rows have ended
+SPAN = 256              # a CUDA graph reads the cache up to the next multiple of this
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Rollout:
     prompt_mask: torch.Tensor  # (B, P) bool, False on the prompt's padding
     response: torch.Tensor     # (B, T) int64, the tail of `tokens`
     mask: torch.Tensor         # (B, T) bool, True up to and including the first stop token
-    logp: torch.Tensor         # (B, T) fp32, of the sampled tokens at the sampling temperature; else 0
+    logp: torch.Tensor         # (B, T) fp32, at the sampling temperature; 0 off the mask
     texts: list                # B strings, without the stop token; other special tokens are shown
     finished: torch.Tensor     # (B,) bool, False where max_new_tokens cut the answer
 
@@ -117,9 +117,9 @@ class Answers:
         """Which of `rows` have no stop token yet, as indices into `rows`."""
         return (self.length[self.rows] > self.count).nonzero()[:, 0]
 
-    def drop(self, kept):
-        """Let only the rows at these indices into `rows` grow on."""
-        self.rows, self.newest = self.rows[kept], self.newest[kept]
+    def keep(self, growing):
+        """Only the rows at these indices into `rows` grow on."""
+        self.rows, self.newest = self.rows[growing], self.newest[growing]
 
 
 def decode_shared(stepper, answers, prompt_of, temperature, P):
@@ -127,56 +127,61 @@ def decode_shared(stepper, answers, prompt_of, temperature, P):
     V = len(stepper.head)
     reader = prompt_of                                 # (rows,) the stepper's row of each answer
     for t in range(1, answers.tokens.shape[1]):
-        kept = answers.growing()
-        if len(kept) == 0:
+        growing = answers.growing()
+        if len(growing) == 0:
             break
-        answers.drop(kept)
+        answers.keep(growing)
         # Two answers stay together if they had one reader and drew one token: pairs as one integer.
-        pairs, reader_next = torch.unique(reader[kept] * V + answers.newest, return_inverse=True)
+        pairs = reader[growing] * V + answers.newest
+        pairs, reader = torch.unique(pairs, return_inverse=True)
         stepper.keep(pairs // V)
         hidden = stepper.step(pairs % V, P + t)        # (different beginnings, D)
-        reader = reader_next
         answers.extend(stepper.logits(hidden[reader], temperature))
 
 
 def decode_apart(stepper, answers, prompt_of, temperature, P):
     """Until all have ended: a row for each answer, so that shapes stay fixed for a CUDA graph."""
-    room = answers.tokens.shape[1]
-    graphed = stepper.slot.is_cuda and not any(stepper.windows)
+    graphed, replay, span = can_be_captured(stepper), None, 0
     stepper.keep(prompt_of)
-    replay, span = None, 0
 
     def step(span):
         answers.extend(stepper.logits(stepper.step(answers.newest, span), temperature))
 
-    for t in range(1, room):
+    for t in range(1, answers.tokens.shape[1]):
         if t % LOOK_EVERY == 0:                        # looking makes the host wait for the GPU
-            kept = answers.growing()
-            if len(kept) == 0:
+            growing = answers.growing()
+            if len(growing) == 0:
                 break
-            if len(kept) < 0.8 * len(answers.rows):    # dropping rows pays for the copy
-                answers.drop(kept)
-                stepper.keep(kept)
+            if len(growing) < 0.8 * len(answers.rows):         # fewer rows pay for the copy
+                answers.keep(growing)
+                stepper.keep(growing)
                 replay = None
         if not graphed:
-            step(P + t)
+            step(P + t)                                # the prompt, and a slot for each token read
             continue
-        if replay is None or P + t > span:             # a new graph for fewer rows or more slots
-            span = min(P + room, -(-(P + t) // SPAN) * SPAN)
+        if replay is None or P + t > span:             # a new graph for fewer rows or more slots;
+            span = -(-(P + t) // SPAN) * SPAN          # a slice ends where the cache does
             state = answers.newest, answers.count, stepper.slot
             replay = capture(lambda span=span: step(span), state)
         replay()
 
 
-def capture(step, state):
-    """`step`, which launches some hundred small kernels, as one CUDA graph -> a function that runs it.
+def can_be_captured(stepper):
+    """Whether every decode step launches the same kernels on the same memory, on a GPU: a window
+    moves on from step to step, a captured one would not."""
+    return stepper.slot.is_cuda and not any(stepper.windows)
 
-    step reads and writes the same tensors each time. Of these, `state` must come back from the trial
-    run as they were; the others are written with the same values again.
+
+def capture(step, state):
+    """`step`, which launches some hundred small kernels, as one CUDA graph -> a function that runs
+    it.
+
+    step reads and writes the same tensors each time. Of these, `state` must come back from the
+    trial run as they were; the others are written with the same values again.
     """
     before, stream = [x.clone() for x in state], torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):                    # libraries set themselves up outside the graph
+    with torch.cuda.stream(stream):                    # libraries set themselves up beforehand
         step()
     torch.cuda.current_stream().wait_stream(stream)
     for x, value in zip(state, before):
@@ -188,8 +193,8 @@ def capture(step, state):
 
 
 def draw(probs, uniform):
-    """One index a row, by inverting the distribution function: the first whose cumulated probability
-    exceeds u. probs (N, V); uniform (N,) in [0, 1) -> (N,).
+    """One index a row, by inverting the distribution function: the first whose cumulated
+    probability exceeds u. probs (N, V); uniform (N,) in [0, 1) -> (N,).
 
     u is scaled by the last cumulated value, which fp32 rounding leaves near 1 and not at it.
     """
@@ -200,12 +205,12 @@ def draw(probs, uniform):
 
 class FusedBlock(NamedTuple):
     """One block's weights as a Stepper reads them; a bias or norm that the model lacks is None."""
-    qkv: torch.Tensor                                  # (heads + 2 kv_heads) head_dim x D, times the norm
+    qkv: torch.Tensor                  # ((heads + 2 kv_heads) head_dim, D), times the norm
     qkv_bias: Optional[torch.Tensor]
-    qk_norm: Optional[torch.Tensor]                    # (heads + kv_heads, head_dim)
+    qk_norm: Optional[torch.Tensor]    # (heads + kv_heads, head_dim)
     out: torch.Tensor
     out_bias: Optional[torch.Tensor]
-    gate_up: torch.Tensor                              # 2 inner x D, times the norm
+    gate_up: torch.Tensor              # (2 inner, D), times the norm
     gate_up_bias: Optional[torch.Tensor]
     down: torch.Tensor
     down_bias: Optional[torch.Tensor]
@@ -216,7 +221,7 @@ def fuse(block, dtype):
     attention, mlp, qk_norm = block.self_attn, block.mlp, None
 
     def stack(*linears, norm=None):
-        weight = torch.cat([linear.weight for linear in linears])           # (sum of outputs, inputs)
+        weight = torch.cat([linear.weight for linear in linears])         # (sum of outputs, inputs)
         weight = weight if norm is None else weight * norm.weight
         biased = linears[0].bias is not None
         bias = torch.cat([linear.bias for linear in linears]).to(dtype) if biased else None
@@ -251,7 +256,7 @@ class Stepper:
         self.embedding, self.norm = policy.model.embed_tokens.weight, policy.model.norm
         self.head = policy.head.to(dtype) if device.type == "cuda" else policy.head
         self.layers = [fuse(block, dtype) for block in policy.model.layers]
-        # The prompts' keys and values, with room for the answers: (B kv_heads, S, head_dim) a layer.
+        # The prompts' keys and values with room for answers: (B kv_heads, S, head_dim) a layer.
         self.keys = [F.pad(k, (0, 0, 0, room)).flatten(0, 1) for k in cache.keys]
         self.values = [F.pad(v, (0, 0, 0, room)).flatten(0, 1) for v in cache.values]
         angles = torch.arange(S, device=device)[:, None] * policy.inv_freq  # (S, head_dim / 2)

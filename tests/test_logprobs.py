@@ -33,7 +33,7 @@ def inputs(N, D, V, dtype=torch.float64, seed=0):
 
 def small_tiles(monkeypatch, keep, rows=16):
     """Tiles of `rows` x `rows` entries, and room to keep all logits or none."""
-    monkeypatch.setitem(policy.MEMORY, "cpu", (1 << 30 if keep else 0, rows * rows * 4, rows))
+    monkeypatch.setitem(policy.MEMORY, "cpu", policy.Memory(1 << 30 if keep else 0, rows * rows * 4, rows))
 
 
 @pytest.mark.parametrize("tiles", ["one tile", "kept", "computed again"])
@@ -182,8 +182,8 @@ print(peak() - before)
 def test_memory_beyond_the_budget():
     """Over the budget nothing of the size of the logits is ever held: a child process's peak shows it."""
     hidden, weight, targets, *_ = inputs(4096, 2, 3001, torch.float32)
-    policy_bytes = policy.MEMORY["cpu"][1]
-    assert count(hidden, weight, targets, False).largest <= policy_bytes, "a tile is larger than stated"
+    tile = policy.MEMORY["cpu"].tile
+    assert count(hidden, weight, targets, False).largest <= tile, "a tile is larger than stated"
     if not sys.platform.startswith("linux"):
         pytest.skip("the peak of a process is read from /proc")
     done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, cwd=Path(policy.__file__).parent)
@@ -198,17 +198,17 @@ x, V, first = torch.randn(7, 9001) * 5, 9001, 300      # a tile that starts at e
 target = torch.tensor([300, 9300, 5000, 299, 9301, 301, 4396])                  # two of them outside
 part, whole = slice(first, first + V), x.double()
 assert policy.triton, "triton is not there"
-lse, entropy = policy.fold_on_gpu(x)
+lse, entropy = policy.lse_entropy_on_gpu(x)
 exact = torch.distributions.Categorical(logits=whole)
 assert torch.allclose(lse.double(), whole.logsumexp(1)), "lse"
 assert torch.allclose(entropy.double(), exact.entropy(), atol=1e-5), "entropy"
 g, e = torch.randn(2, 7)
 for upstream in (None, e):
     for dtype in (torch.float32, torch.bfloat16):
-        ours = policy.unfold_on_gpu(x, target - first, lse, entropy, g, upstream, dtype)
-        plain = policy.unfold(x.clone(), target, part, lse, entropy, g, upstream, dtype)
+        ours = policy.logit_gradient_on_gpu(x, target - first, lse, entropy, g, upstream, dtype)
+        plain = policy.logit_gradient(x.clone(), target, part, lse, entropy, g, upstream, dtype)
         close = torch.allclose(ours, plain, atol=1e-6 if dtype == torch.float32 else 1e-2)
-        assert ours.dtype == dtype and close, "unfold"
+        assert ours.dtype == dtype and close, "gradient"
 """
 
 
