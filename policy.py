@@ -548,34 +548,30 @@ def inverse_frequencies(config):
 
 # ------------------------------------------------------------------------------------- checkpoints
 
-def load(name_or_path, device="cpu", dtype=torch.float32):
+def load(name_or_path, device="cpu", dtype=torch.float32, stop=()):
     """A folder, or a name on the Hugging Face hub -> (policy, tokenizer).
 
-    Parameters become fp32; `dtype` is that of the activations (bf16 on a GPU). Nothing but
-    safetensors is read, and no code that comes with a checkpoint is run. ValueError, in one
-    sentence, for a missing or damaged checkpoint, for an architecture that is not one of FAMILIES,
-    and for weights that are missing or of another shape.
+    Parameters become fp32; `dtype` is that of the activations (bf16 on a GPU). stop: tokens (as
+    text) that end an answer beside those that the checkpoint names. Nothing but safetensors is
+    read, and no code that comes with a checkpoint is run. ValueError, in one sentence, for a
+    missing or damaged checkpoint, for an architecture that is not one of FAMILIES, and for weights
+    that are missing or of another shape.
     """
-    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+    from transformers import AutoConfig
     folder = Path(name_or_path)
     if not folder.is_dir():
         folder = download(str(name_or_path))
-    described, generation = folder / "config.json", folder / "generation_config.json"
+    described = folder / "config.json"
     if not described.is_file():
         raise ValueError(f"'{name_or_path}' is not a model folder: it has no config.json.")
-    model_type = read(described, lambda: json.loads(described.read_text())["model_type"])
+    model_type = read(described, lambda: json.loads(described.read_bytes())["model_type"])
     if model_type not in FAMILIES:                     # before transformers gives its own opinion
         raise ValueError(unsupported(model_type))
     config = read(described, lambda: AutoConfig.from_pretrained(folder, trust_remote_code=False))
     if getattr(config, "quantization_config", None):
         raise ValueError(f"'{name_or_path}' is quantised; only fp32, bf16 and fp16 weights can be "
                          "trained here.")
-    tokenizer_files = ("tokenizer.json", "tokenizer.model", "vocab.json")
-    if not any((folder / name).is_file() for name in tokenizer_files):
-        raise ValueError(f"'{name_or_path}' has no tokenizer; "
-                         "transformers would make up an empty one.")
-    tokenizer = read(f"the tokenizer in {folder}",
-                     lambda: AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
+    tokenizer = load_tokenizer(folder)
     if len(tokenizer) > config.vocab_size:
         raise ValueError(f"'{name_or_path}' is mixed up: its tokenizer has {len(tokenizer)} "
                          f"tokens, but its config says that the model knows {config.vocab_size}.")
@@ -583,14 +579,49 @@ def load(name_or_path, device="cpu", dtype=torch.float32):
         policy = Policy(config)
     policy.load_state_dict(read_weights(folder, policy.state_dict(), device), assign=True)
     policy.dtype = dtype
-    stops = set(policy.stop_ids) | ids_of(tokenizer.eos_token_id)
-    if generation.is_file():                           # where chat models name their end of turn
-        named = read(generation, lambda: GenerationConfig.from_pretrained(folder))
-        stops |= ids_of(named.eos_token_id)
-    policy.stop_ids = sorted(stops)
+    policy.stop_ids = sorted(ids_of(config.eos_token_id) | stop_tokens(folder, tokenizer, stop))
+    return policy.to(device), tokenizer
+
+
+def load_tokenizer(folder):
+    """The tokenizer of a checkpoint's folder, with a pad token in any case."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    files = [folder / name for name in ("tokenizer.json", "tokenizer.model", "vocab.json")]
+    if not any(file.is_file() for file in files):
+        raise ValueError(f"'{folder}' has no tokenizer; transformers would make up an empty one.")
+    # AutoTokenizer rebuilds some tokenizers from their vocabulary alone, and then text becomes
+    # other ids than the model was trained on. The plain class takes tokenizer.json as it is.
+    kind = PreTrainedTokenizerFast if files[0].is_file() else AutoTokenizer
+    tokenizer = read(f"the tokenizer in {folder}",
+                     lambda: kind.from_pretrained(folder, trust_remote_code=False))
     if tokenizer.pad_token is None:                    # masks come from positions: any will do
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
-    return policy.to(device), tokenizer
+    return tokenizer
+
+
+def stop_tokens(folder, tokenizer, more):
+    """The ids that end an answer: those that the tokenizer and generation_config.json name, the one
+    that ends a turn of the chat template, and `more` tokens, given as text."""
+    from transformers import GenerationConfig
+    found, generation = ids_of(tokenizer.eos_token_id), folder / "generation_config.json"
+    if generation.is_file():
+        named = read(generation, lambda: GenerationConfig.from_pretrained(folder))
+        found |= ids_of(named.eos_token_id)
+    for token in more:
+        ids = tokenizer(token, add_special_tokens=False).input_ids
+        if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
+            raise ValueError(f"'{token}' cannot end an answer: it is not one token of '{folder}'.")
+        found |= set(ids)
+    # A base model may have the template of its chat sibling and name another token as its last:
+    # what the template writes behind an answer ends it, if it is a token of its own, no mere text.
+    try:
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "an-answer"}]
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+    except Exception:                                  # no template; or sample.chat says what it is
+        return found
+    behind = text.rpartition("an-answer")[2].strip()
+    ids = tokenizer(behind, add_special_tokens=False).input_ids[:1]
+    return found | (set(ids) & tokenizer.added_tokens_decoder.keys())
 
 
 def read(what, reader):
@@ -608,7 +639,7 @@ def read_weights(folder, wanted, device):
     from safetensors import SafetensorError, safe_open
     files, index = [folder / "model.safetensors"], folder / "model.safetensors.index.json"
     if index.is_file() and not files[0].is_file():
-        names = read(index, lambda: set(json.loads(index.read_text())["weight_map"].values()))
+        names = read(index, lambda: set(json.loads(index.read_bytes())["weight_map"].values()))
         files = sorted(folder / name for name in names)
     found = {}
     for file in files:
@@ -617,11 +648,13 @@ def read_weights(folder, wanted, device):
                              "(.bin, .pth) are never read.")
         try:
             with safe_open(file, framework="pt", device=str(device)) as tensors:
-                # A tied checkpoint may carry a copy of its head, which is left out.
-                for name in wanted.keys() & tensors.keys():
+                for name in {*wanted, "lm_head.weight"}.intersection(tensors.keys()):
                     found[name] = tensors.get_tensor(name).float()
         except SafetensorError as error:
             raise ValueError(f"'{file}' is damaged ({error}); copy or download it again.")
+    if "lm_head.weight" in found and "lm_head.weight" not in wanted:
+        # A tied checkpoint may carry its one matrix under both names, or under this one alone.
+        found.setdefault("model.embed_tokens.weight", found.pop("lm_head.weight"))
     for name, parameter in wanted.items():
         if name not in found:
             raise ValueError(f"'{folder}' lacks the weight '{name}'.")
@@ -644,34 +677,62 @@ def download(name):
 
 
 def save(policy, tokenizer, path, weights=None):
-    """Write a folder that `load` and transformers' Auto classes open; it appears whole or not at
-    all.
+    """Write a folder that `load` and transformers' Auto classes open, those of version 4 as well;
+    it appears whole or not at all.
 
     weights: {name: tensor} to write in place of the policy's own, where those are sharded over
     processes.
     """
     from safetensors.torch import save_file
+    path, aside = Path(path), save_all_but_weights(policy, tokenizer, path)
+    weights = weights or policy.state_dict()
+    save_file({name: weight.detach().contiguous() for name, weight in weights.items()},
+              aside / "model.safetensors", metadata={"format": "pt"})
+    for file in aside.rglob("*"):                      # a folder of further chat templates, too
+        if file.is_file():
+            with open(file, "r+b") as written:         # Windows syncs only what could be written
+                os.fsync(written.fileno())
+    shutil.rmtree(path, ignore_errors=True)
+    aside.rename(path)
+
+
+def try_to_save(policy, tokenizer, path):
+    """Write what `save` writes at `path`, without the weights, and remove it: ValueError now for
+    what would be an error after a night of training."""
+    try:
+        shutil.rmtree(save_all_but_weights(policy, tokenizer, path))
+    except Exception as error:                         # whatever transformers or the disk says
+        raise ValueError(f"a model cannot be saved as '{path}' ({type(error).__name__}: {error}).")
+
+
+def save_all_but_weights(policy, tokenizer, path):
+    """Config, generation config and tokenizer -> the folder beside `path` that they are in."""
     from transformers import GenerationConfig
-    path = Path(path)
-    aside = path.with_name(path.name + ".tmp")
+    aside = Path(path).with_name(Path(path).name + ".tmp")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    policy.config.architectures = [FAMILIES[policy.config.model_type]]
-    policy.config.dtype = torch.float32
-    policy.config.save_pretrained(aside)
-    stops = policy.stop_ids
+    config, stops = policy.config, policy.stop_ids
+    config.architectures, config.dtype = [FAMILIES[config.model_type]], torch.float32
+    config.save_pretrained(aside)
     stops = stops if len(stops) > 1 else stops[0] if stops else None
     generation = GenerationConfig(eos_token_id=stops, pad_token_id=tokenizer.pad_token_id)
     generation.save_pretrained(aside)
     tokenizer.save_pretrained(aside)
-    weights = weights or policy.state_dict()
-    save_file({name: weight.detach().contiguous() for name, weight in weights.items()},
-              aside / "model.safetensors", metadata={"format": "pt"})
-    for file in aside.iterdir():
-        with open(file, "rb") as written:
-            os.fsync(written.fileno())
-    shutil.rmtree(path, ignore_errors=True)
-    aside.rename(path)
+    # transformers 5 has new names for what version 4, and servers built on it, look for under the
+    # old ones. A config without the old ones would be read as theta 10000, without a word.
+    scaling = dict(config.rope_parameters)
+    theta, default = scaling.pop("rope_theta"), scaling["rope_type"] == "default"
+    amend(aside / "config.json", rope_theta=theta, rope_scaling=None if default else scaling)
+    if (aside / "tokenizer.json").is_file():
+        more = [str(token) for token in tokenizer.extra_special_tokens]
+        amend(aside / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast",
+              extra_special_tokens={}, additional_special_tokens=more)
+    return aside
+
+
+def amend(file, **entries):
+    """Write `entries` into a JSON file, beside or in place of those in it."""
+    file.write_text(json.dumps(json.loads(file.read_bytes()) | entries, indent=2) + "\n")
 
 
 # ------------------------------------------------------------------------------------- the default
