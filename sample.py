@@ -14,6 +14,7 @@ do. On a GPU every answer has a row of its own, so that a step has fixed shapes 
 Letters: B rows = prompts x G, the rows of one prompt contiguous; P prompt length; T response
 length; V vocabulary; D width; S slots of the cache.
 """
+import itertools
 import math
 from dataclasses import dataclass
 from typing import NamedTuple, Optional
@@ -77,9 +78,7 @@ def sample(policy, tokenizer, prompts, group_size, max_new_tokens, temperature=1
     return Rollout(
         tokens=torch.cat([prompt[prompt_of], response], dim=1), prompt_mask=prompt_mask[prompt_of],
         response=response, mask=mask, logp=torch.where(mask, answers.logp[:, :T], 0.0),
-        # Special tokens in mid-answer stay in the text: an answer may hide nothing from its judge.
-        texts=tokenizer.batch_decode([ids[:n] for ids, n in zip(response.tolist(), shown)],
-                                     skip_special_tokens=False),
+        texts=texts_of(tokenizer, [ids[:n] for ids, n in zip(response.tolist(), shown)]),
         finished=finished)
 
 
@@ -316,28 +315,63 @@ class Stepper:
         return x.view(-1, self.kv_heads, *x.shape[1:]).index_select(0, rows).flatten(0, 1)
 
 
-# ------------------------------------------------------ prompts to tokens, rollouts put together
+# ------------------------------------------ prompts to tokens, tokens to texts, rollouts together
+
+class Templated(str):
+    """A prompt that a chat template wrote: all its special tokens are there, none may be added."""
+
 
 def chat(tokenizer, system, text, style):
     """What a user writes, wrapped by the tokenizer's chat template; as it is for style "bare" or
-    where there is no template."""
+    where there is no template. ValueError if the template fails."""
     if style == "bare" or not tokenizer.chat_template:
         return text
-    turns = [{"role": "system", "content": system}, {"role": "user", "content": text}]
-    try:
-        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    except Exception:                                  # some templates refuse a system turn
-        turns = [{"role": "user", "content": f"{system}\n\n{text}"}]
-        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    user = {"role": "user", "content": text}
+    both = {"role": "user", "content": f"{system}\n\n{text}"}
+    for turns in [{"role": "system", "content": system}, user], [both]:
+        try:                                           # some templates refuse a system turn
+            template = tokenizer.get_chat_template()
+            if "strftime_now" in template:
+                template = SAME_DAY + template
+            return Templated(tokenizer.apply_chat_template(
+                turns, chat_template=template, tokenize=False, add_generation_prompt=True))
+        except Exception as error:                     # a template may raise anything
+            failure = f"{type(error).__name__}: {error}"
+    raise ValueError(f"the tokenizer's chat template fails ({failure}).")
+
+
+# Some templates write today's date, and a run that goes on tomorrow would ask something else. They
+# are given one day instead, that of Llama 3's own template, by a macro in the function's place.
+SAME_DAY = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}{{ '' }}"
 
 
 def encode(tokenizer, prompts, device):
-    """Strings -> token ids (prompts, P) padded on the left, and their mask, bool. A text that opens
-    with the beginning-of-sequence token (chat templates write it) is not given a second one."""
-    begun = bool(tokenizer.bos_token) and prompts[0].startswith(tokenizer.bos_token)
+    """Strings -> token ids (prompts, P) padded on the left, and their mask, bool. Plain text gets
+    the special tokens that the tokenizer adds, unless it begins with one already."""
+    begun = isinstance(prompts[0], Templated) or (
+        bool(tokenizer.bos_token) and prompts[0].startswith(tokenizer.bos_token))
     batch = tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt",
                       add_special_tokens=not begun)
     return batch.input_ids.to(device), batch.attention_mask.bool().to(device)
+
+
+def texts_of(tokenizer, answers):
+    """Lists of token ids -> texts in which every token shows: an answer may hide nothing from its
+    judge, because smoothing pays for unlikely tokens.
+
+    Special tokens stay, and an id that the model has and the tokenizer has not (Qwen2.5: 271 of
+    151,936) is written as <|id|>.
+    """
+    drawn = {i for ids in answers for i in ids}
+    nameless = {i for i in drawn if not tokenizer.convert_ids_to_tokens(i)}
+    texts = []
+    for ids in answers:
+        parts = []
+        for unnamed, run in itertools.groupby(ids, key=nameless.__contains__):
+            parts += [f"<|{i}|>" for i in run] if unnamed else [tokenizer.decode(
+                list(run), skip_special_tokens=False, clean_up_tokenization_spaces=False)]
+        texts.append("".join(parts))
+    return texts
 
 
 def join(rollouts, pad):

@@ -3,7 +3,7 @@
 Bugs killed here: cache shifted by one, left padding read or counted as positions, another row's prompt, rows mixed up when
 finished ones leave, temperature missing from the recorded log-probability, stop token outside the mask, a zero-probability
 token drawn, draws that depend on who is still alive, an end-of-answer token taken for padding, a prompt that begins twice,
-special tokens that the verifier does not see.
+tokens that the verifier does not see, a prompt that changes overnight.
 """
 import pytest
 import torch
@@ -13,7 +13,7 @@ from transformers import (LlamaConfig, MinistralConfig, MistralConfig, PreTraine
 import policy as policy_module
 import sample as sampling
 from rewards import countdown_reward
-from sample import chat, draw, encode, sample
+from sample import chat, draw, encode, sample, texts_of
 
 SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
              max_position_embeddings=64, tie_word_embeddings=True, eos_token_id=1)
@@ -135,6 +135,32 @@ def test_no_sampled_token_is_hidden_from_the_verifier():
     assert countdown_reward("2*(9+7-4)<pad>", [4, 7, 2, 9], 24) == 0
 
 
+@pytest.mark.parametrize("characters", [policy_module.CHARACTERS, "0123456789()=, "])
+def test_an_id_without_a_name_is_written_as_its_number(characters):
+    """A model with more ids than its tokenizer (Qwen2.5: 271 more), at the end and in a hole, whose decoder leaves them out."""
+    policy, tokenizer = policy_module.tiny(characters=characters)
+    if len(characters) < 19:                           # the last names move up: a hole of four ids, 15 to 18
+        tokenizer.backend_tokenizer.model = models.WordLevel(
+            {name: i if i < 15 else i + 4 for name, i in tokenizer.get_vocab().items()}, unk_token="<unk>")
+    policy.model.embed_tokens = torch.nn.Embedding(30, 128)
+    torch.nn.init.normal_(policy.model.embed_tokens.weight, std=0.05, generator=torch.Generator().manual_seed(0))
+    known = {i: name for name, i in tokenizer.get_vocab().items()}
+    rollout = drawn(policy, tokenizer, ["1,2="], G=64)
+    unnamed = [i for i in rollout.response[rollout.mask].tolist() if i not in known]
+    assert {22, 29} <= set(unnamed) and (len(characters) == 19 or {15, 18} <= set(unnamed)), "the batch must hold some"
+    for row, text in enumerate(rollout.texts):
+        n = int(rollout.mask[row].sum()) - int(rollout.finished[row])
+        assert text == "".join(known.get(i, f"<|{i}|>") for i in rollout.response[row, :n].tolist()), f"row {row}"
+
+
+def test_blanks_before_a_full_stop_are_shown():
+    """Some tokenizer configs ask for a clean-up that takes them out."""
+    _, tokenizer = policy_module.tiny(characters=" .1")
+    tokenizer.clean_up_tokenization_spaces = True
+    assert tokenizer.decode(tokenizer("1 .").input_ids) == "1.", "this tokenizer cleans up"
+    assert texts_of(tokenizer, [tokenizer("1 .").input_ids, []]) == ["1 .", ""]
+
+
 def test_without_a_stop_token_every_answer_is_cut():
     policy, tokenizer = build()
     policy.stop_ids = []
@@ -235,3 +261,28 @@ def test_a_prompt_begins_once():
         tokenizer = two_words(template, begin=True)
         ids, mask = encode(tokenizer, [chat(tokenizer, "", text, "ask"), chat(tokenizer, "", "a", "ask")], "cpu")
         assert ids[0].tolist() == [2, 1, 1] and ids[1, mask[1]].tolist() == [2, 1], f"with template {template}: {ids.tolist()}"
+
+
+@pytest.mark.parametrize("name, template, post, bos", [
+    ("opens with a newline", "\n<bos>{turns}", "<bos> $A", "<bos>"), ("has a first token, the config none", "<bos>{turns}", "<bos> $A", None),
+    ("has no first token", "{turns}", "<bos> $A", "<bos>"), ("has no last token", "{turns}", "$A <eos>", None)])
+def test_chat_prompts_are_the_ids_that_the_template_gives(name, template, post, bos):
+    """Nothing is added to what a template wrote: no second first token, no end of an answer before it begins."""
+    tokenizer = two_words(template.replace("{turns}", "{% for m in messages %}{{ m.content }}<eos>{% endfor %}"), begin=True)
+    tokenizer.bos_token = bos
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=post, special_tokens=[("<bos>", 2), ("<eos>", 0)])
+    ids, mask = encode(tokenizer, [chat(tokenizer, "a", "aa", "think")], "cpu")
+    turns = [{"role": "system", "content": "a"}, {"role": "user", "content": "aa"}]
+    right = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+    assert ids[0].tolist() == right and mask.all(), f"a template that {name}"
+    assert encode(tokenizer, ["aa"], "cpu")[0].tolist() == [tokenizer("aa").input_ids], "plain text gets what the tokenizer adds"
+
+
+def test_a_template_that_writes_the_date_asks_the_same_tomorrow():
+    tokenizer = two_words("{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}\n{% endif %}" + SYSTEM_AND_USER)
+    assert chat(tokenizer, "S", "U", "think") == "26 Jul 2024\n[system: S][user: U]>"
+
+
+def test_a_template_that_fails_is_told_in_one_sentence():
+    with pytest.raises(ValueError, match=r"the tokenizer's chat template fails \(TemplateError: no way\)\."):
+        chat(two_words("{{ raise_exception('no way') }}"), "S", "U", "think")
