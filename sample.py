@@ -140,7 +140,7 @@ def decode_shared(stepper, answers, prompt_of, temperature, P):
 
 def decode_apart(stepper, answers, prompt_of, temperature, P):
     """Until all have ended: a row for each answer, so that shapes stay fixed for a CUDA graph."""
-    graphed, replay, span = can_be_captured(stepper), None, 0
+    graphed, span = can_be_captured(stepper), 0        # a graph reads `span` slots; 0: there is none
     stepper.keep(prompt_of)
 
     def step(span):
@@ -154,11 +154,11 @@ def decode_apart(stepper, answers, prompt_of, temperature, P):
             if len(growing) < 0.8 * len(answers.rows):         # fewer rows pay for the copy
                 answers.keep(growing)
                 stepper.keep(growing)
-                replay = None
+                span = 0
         if not graphed:
             step(P + t)                                # the prompt, and a slot for each token read
             continue
-        if replay is None or P + t > span:             # a new graph for fewer rows or more slots;
+        if P + t > span:                               # a new graph for fewer rows or more slots;
             span = -(-(P + t) // SPAN) * SPAN          # a slice ends where the cache does
             state = answers.newest, answers.count, stepper.slot
             replay = capture(lambda span=span: step(span), state)

@@ -145,6 +145,23 @@ def test_saved_folders_open_in_transformers(name, tmp_path):
     assert again.windows == ours.windows and again.config.rope_parameters == ours.config.rope_parameters
 
 
+def test_a_checkpoint_trained_in_bf16_stays_fp32(tmp_path, device):
+    """Loaded on the device that is there, with activations in bf16, and saved again without the loss of a bit."""
+    _, ours = pair(CONFIGS["qwen3"])
+    _, tokenizer = policy_module.tiny(width=16, layers=1, heads=1, kv_heads=1, inner=16)
+    policy_module.save(ours, tokenizer, tmp_path / "model")
+    loaded, _ = policy_module.load(tmp_path / "model", device, torch.bfloat16)
+    assert {(w.dtype, w.device.type) for w in loaded.parameters()} == {(torch.float32, device)}
+    tokens, mask = ragged()
+    with torch.no_grad():
+        exact, rounded = ours(tokens, mask)[mask], loaded(tokens.to(device), mask.to(device))[mask.to(device)]
+    assert rounded.dtype == torch.bfloat16 and rounded.device.type == device
+    assert (rounded.float().cpu() - exact).abs().mean() < 0.02 * exact.abs().mean()
+    policy_module.save(loaded, tokenizer, tmp_path / "again")
+    again, _ = policy_module.load(tmp_path / "again")
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), again.parameters()))
+
+
 def test_a_saved_policy_replaces_the_one_before_it(tmp_path):
     old, tokenizer = policy_module.tiny(width=16, layers=2, heads=1, kv_heads=1, inner=16, seed=1)
     new, _ = policy_module.tiny(width=16, layers=1, heads=1, kv_heads=1, inner=16, seed=2)
