@@ -14,6 +14,7 @@ do. On a GPU every answer has a row of its own, so that a step has fixed shapes 
 Letters: B rows = prompts x G, the rows of one prompt contiguous; P prompt length; T response
 length; V vocabulary; D width; S slots of the cache.
 """
+import itertools
 import math
 from dataclasses import dataclass
 from typing import NamedTuple, Optional
@@ -23,9 +24,9 @@ import torch.nn.functional as F
 
 from policy import KVCache, head_dim, logits_of, operands
 
-SHARING = ("cpu",)      # devices where answers that begin alike share a row; elsewhere comparing them
-LOOK_EVERY = 8          # would cost a wait, and only every so many tokens is it asked who has ended
-SPAN = 256              # on a GPU attention reads the cache up to the next multiple of this
+SHARING = ("cpu",)      # devices on which answers that begin alike share a row
+LOOK_EVERY = 8          # elsewhere: every so many tokens it is asked which rows have ended
+SPAN = 256              # a CUDA graph reads the cache up to the next multiple of this
 
 
 @dataclass
@@ -35,7 +36,7 @@ class Rollout:
     prompt_mask: torch.Tensor  # (B, P) bool, False on the prompt's padding
     response: torch.Tensor     # (B, T) int64, the tail of `tokens`
     mask: torch.Tensor         # (B, T) bool, True up to and including the first stop token
-    logp: torch.Tensor         # (B, T) fp32, of the sampled tokens at the sampling temperature; else 0
+    logp: torch.Tensor         # (B, T) fp32, at the sampling temperature; 0 off the mask
     texts: list                # B strings, without the stop token; other special tokens are shown
     finished: torch.Tensor     # (B,) bool, False where max_new_tokens cut the answer
 
@@ -77,9 +78,7 @@ def sample(policy, tokenizer, prompts, group_size, max_new_tokens, temperature=1
     return Rollout(
         tokens=torch.cat([prompt[prompt_of], response], dim=1), prompt_mask=prompt_mask[prompt_of],
         response=response, mask=mask, logp=torch.where(mask, answers.logp[:, :T], 0.0),
-        # Special tokens in mid-answer stay in the text: an answer may hide nothing from its judge.
-        texts=tokenizer.batch_decode([ids[:n] for ids, n in zip(response.tolist(), shown)],
-                                     skip_special_tokens=False),
+        texts=texts_of(tokenizer, [ids[:n] for ids, n in zip(response.tolist(), shown)]),
         finished=finished)
 
 
@@ -117,9 +116,9 @@ class Answers:
         """Which of `rows` have no stop token yet, as indices into `rows`."""
         return (self.length[self.rows] > self.count).nonzero()[:, 0]
 
-    def drop(self, kept):
-        """Let only the rows at these indices into `rows` grow on."""
-        self.rows, self.newest = self.rows[kept], self.newest[kept]
+    def keep(self, growing):
+        """Only the rows at these indices into `rows` grow on."""
+        self.rows, self.newest = self.rows[growing], self.newest[growing]
 
 
 def decode_shared(stepper, answers, prompt_of, temperature, P):
@@ -127,56 +126,61 @@ def decode_shared(stepper, answers, prompt_of, temperature, P):
     V = len(stepper.head)
     reader = prompt_of                                 # (rows,) the stepper's row of each answer
     for t in range(1, answers.tokens.shape[1]):
-        kept = answers.growing()
-        if len(kept) == 0:
+        growing = answers.growing()
+        if len(growing) == 0:
             break
-        answers.drop(kept)
+        answers.keep(growing)
         # Two answers stay together if they had one reader and drew one token: pairs as one integer.
-        pairs, reader_next = torch.unique(reader[kept] * V + answers.newest, return_inverse=True)
+        pairs = reader[growing] * V + answers.newest
+        pairs, reader = torch.unique(pairs, return_inverse=True)
         stepper.keep(pairs // V)
         hidden = stepper.step(pairs % V, P + t)        # (different beginnings, D)
-        reader = reader_next
         answers.extend(stepper.logits(hidden[reader], temperature))
 
 
 def decode_apart(stepper, answers, prompt_of, temperature, P):
     """Until all have ended: a row for each answer, so that shapes stay fixed for a CUDA graph."""
-    room = answers.tokens.shape[1]
-    graphed = stepper.slot.is_cuda and not any(stepper.windows)
+    graphed, span = can_be_captured(stepper), 0        # a graph reads `span` slots; 0: there is none
     stepper.keep(prompt_of)
-    replay, span = None, 0
 
     def step(span):
         answers.extend(stepper.logits(stepper.step(answers.newest, span), temperature))
 
-    for t in range(1, room):
+    for t in range(1, answers.tokens.shape[1]):
         if t % LOOK_EVERY == 0:                        # looking makes the host wait for the GPU
-            kept = answers.growing()
-            if len(kept) == 0:
+            growing = answers.growing()
+            if len(growing) == 0:
                 break
-            if len(kept) < 0.8 * len(answers.rows):    # dropping rows pays for the copy
-                answers.drop(kept)
-                stepper.keep(kept)
-                replay = None
+            if len(growing) < 0.8 * len(answers.rows):         # fewer rows pay for the copy
+                answers.keep(growing)
+                stepper.keep(growing)
+                span = 0
         if not graphed:
-            step(P + t)
+            step(P + t)                                # the prompt, and a slot for each token read
             continue
-        if replay is None or P + t > span:             # a new graph for fewer rows or more slots
-            span = min(P + room, -(-(P + t) // SPAN) * SPAN)
+        if P + t > span:                               # a new graph for fewer rows or more slots;
+            span = -(-(P + t) // SPAN) * SPAN          # a slice ends where the cache does
             state = answers.newest, answers.count, stepper.slot
             replay = capture(lambda span=span: step(span), state)
         replay()
 
 
-def capture(step, state):
-    """`step`, which launches some hundred small kernels, as one CUDA graph -> a function that runs it.
+def can_be_captured(stepper):
+    """Whether every decode step launches the same kernels on the same memory, on a GPU: a window
+    moves on from step to step, a captured one would not."""
+    return stepper.slot.is_cuda and not any(stepper.windows)
 
-    step reads and writes the same tensors each time. Of these, `state` must come back from the trial
-    run as they were; the others are written with the same values again.
+
+def capture(step, state):
+    """`step`, which launches some hundred small kernels, as one CUDA graph -> a function that runs
+    it.
+
+    step reads and writes the same tensors each time. Of these, `state` must come back from the
+    trial run as they were; the others are written with the same values again.
     """
     before, stream = [x.clone() for x in state], torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):                    # libraries set themselves up outside the graph
+    with torch.cuda.stream(stream):                    # libraries set themselves up beforehand
         step()
     torch.cuda.current_stream().wait_stream(stream)
     for x, value in zip(state, before):
@@ -188,8 +192,8 @@ def capture(step, state):
 
 
 def draw(probs, uniform):
-    """One index a row, by inverting the distribution function: the first whose cumulated probability
-    exceeds u. probs (N, V); uniform (N,) in [0, 1) -> (N,).
+    """One index a row, by inverting the distribution function: the first whose cumulated
+    probability exceeds u. probs (N, V); uniform (N,) in [0, 1) -> (N,).
 
     u is scaled by the last cumulated value, which fp32 rounding leaves near 1 and not at it.
     """
@@ -200,12 +204,12 @@ def draw(probs, uniform):
 
 class FusedBlock(NamedTuple):
     """One block's weights as a Stepper reads them; a bias or norm that the model lacks is None."""
-    qkv: torch.Tensor                                  # (heads + 2 kv_heads) head_dim x D, times the norm
+    qkv: torch.Tensor                  # ((heads + 2 kv_heads) head_dim, D), times the norm
     qkv_bias: Optional[torch.Tensor]
-    qk_norm: Optional[torch.Tensor]                    # (heads + kv_heads, head_dim)
+    qk_norm: Optional[torch.Tensor]    # (heads + kv_heads, head_dim)
     out: torch.Tensor
     out_bias: Optional[torch.Tensor]
-    gate_up: torch.Tensor                              # 2 inner x D, times the norm
+    gate_up: torch.Tensor              # (2 inner, D), times the norm
     gate_up_bias: Optional[torch.Tensor]
     down: torch.Tensor
     down_bias: Optional[torch.Tensor]
@@ -216,7 +220,7 @@ def fuse(block, dtype):
     attention, mlp, qk_norm = block.self_attn, block.mlp, None
 
     def stack(*linears, norm=None):
-        weight = torch.cat([linear.weight for linear in linears])           # (sum of outputs, inputs)
+        weight = torch.cat([linear.weight for linear in linears])         # (sum of outputs, inputs)
         weight = weight if norm is None else weight * norm.weight
         biased = linears[0].bias is not None
         bias = torch.cat([linear.bias for linear in linears]).to(dtype) if biased else None
@@ -251,7 +255,7 @@ class Stepper:
         self.embedding, self.norm = policy.model.embed_tokens.weight, policy.model.norm
         self.head = policy.head.to(dtype) if device.type == "cuda" else policy.head
         self.layers = [fuse(block, dtype) for block in policy.model.layers]
-        # The prompts' keys and values, with room for the answers: (B kv_heads, S, head_dim) a layer.
+        # The prompts' keys and values with room for answers: (B kv_heads, S, head_dim) a layer.
         self.keys = [F.pad(k, (0, 0, 0, room)).flatten(0, 1) for k in cache.keys]
         self.values = [F.pad(v, (0, 0, 0, room)).flatten(0, 1) for v in cache.values]
         angles = torch.arange(S, device=device)[:, None] * policy.inv_freq  # (S, head_dim / 2)
@@ -311,28 +315,63 @@ class Stepper:
         return x.view(-1, self.kv_heads, *x.shape[1:]).index_select(0, rows).flatten(0, 1)
 
 
-# ------------------------------------------------------ prompts to tokens, rollouts put together
+# ------------------------------------------ prompts to tokens, tokens to texts, rollouts together
+
+class Templated(str):
+    """A prompt that a chat template wrote: all its special tokens are there, none may be added."""
+
 
 def chat(tokenizer, system, text, style):
     """What a user writes, wrapped by the tokenizer's chat template; as it is for style "bare" or
-    where there is no template."""
+    where there is no template. ValueError if the template fails."""
     if style == "bare" or not tokenizer.chat_template:
         return text
-    turns = [{"role": "system", "content": system}, {"role": "user", "content": text}]
-    try:
-        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    except Exception:                                  # some templates refuse a system turn
-        turns = [{"role": "user", "content": f"{system}\n\n{text}"}]
-        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    user = {"role": "user", "content": text}
+    both = {"role": "user", "content": f"{system}\n\n{text}"}
+    for turns in [{"role": "system", "content": system}, user], [both]:
+        try:                                           # some templates refuse a system turn
+            template = tokenizer.get_chat_template()
+            if "strftime_now" in template:
+                template = SAME_DAY + template
+            return Templated(tokenizer.apply_chat_template(
+                turns, chat_template=template, tokenize=False, add_generation_prompt=True))
+        except Exception as error:                     # a template may raise anything
+            failure = f"{type(error).__name__}: {error}"
+    raise ValueError(f"the tokenizer's chat template fails ({failure}).")
+
+
+# Some templates write today's date, and a run that goes on tomorrow would ask something else. They
+# are given one day instead, that of Llama 3's own template, by a macro in the function's place.
+SAME_DAY = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}{{ '' }}"
 
 
 def encode(tokenizer, prompts, device):
-    """Strings -> token ids (prompts, P) padded on the left, and their mask, bool. A text that opens
-    with the beginning-of-sequence token (chat templates write it) is not given a second one."""
-    begun = bool(tokenizer.bos_token) and prompts[0].startswith(tokenizer.bos_token)
+    """Strings -> token ids (prompts, P) padded on the left, and their mask, bool. Plain text gets
+    the special tokens that the tokenizer adds, unless it begins with one already."""
+    begun = isinstance(prompts[0], Templated) or (
+        bool(tokenizer.bos_token) and prompts[0].startswith(tokenizer.bos_token))
     batch = tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt",
                       add_special_tokens=not begun)
     return batch.input_ids.to(device), batch.attention_mask.bool().to(device)
+
+
+def texts_of(tokenizer, answers):
+    """Lists of token ids -> texts in which every token shows: an answer may hide nothing from its
+    judge, because smoothing pays for unlikely tokens.
+
+    Special tokens stay, and an id that the model has and the tokenizer has not (Qwen2.5: 271 of
+    151,936) is written as <|id|>.
+    """
+    drawn = {i for ids in answers for i in ids}
+    nameless = {i for i in drawn if not tokenizer.convert_ids_to_tokens(i)}
+    texts = []
+    for ids in answers:
+        parts = []
+        for unnamed, run in itertools.groupby(ids, key=nameless.__contains__):
+            parts += [f"<|{i}|>" for i in run] if unnamed else [tokenizer.decode(
+                list(run), skip_special_tokens=False, clean_up_tokenization_spaces=False)]
+        texts.append("".join(parts))
+    return texts
 
 
 def join(rollouts, pad):
