@@ -21,7 +21,8 @@ One Countdown problem, worked:
     2
 
 Eq. (2) of the paper, the solution multiplicity of a task, is the mean of that last number.
-The paper's own setting is `Countdown(counts=(3, 4), high=99, targets=(10, 100), style="think")`.
+The paper's own setting is `Countdown(counts=(3, 4), high=99, targets=(10, 100), style="think")`;
+`Countdown(path="problems.jsonl")` takes its problems from a file.
 
 Rewards are the target of optimisation, so a verifier is read by the one reader who looks for its
 holes. Ours never executes the text, never raises on any string, refuses what it cannot parse, and
@@ -351,7 +352,286 @@ def unsolvable(task):
     return [note] if lost else []
 
 
-# ---- Shared by both tasks
+# ---- Math
+
+
+def math_reward(text, answer) -> float:
+    """1.0 if the last \\boxed{} of text writes the same as answer (plain or boxed), else 0.0.
+
+    math_reward("so \\boxed{x=0.5}", "\\frac12") is 1.0. Numbers are compared exactly as fractions
+    (0.33 is not 1/3), everything else letter by letter after REWRITES: no algebra.
+    """
+    if not isinstance(text, str) or not isinstance(answer, str):
+        return 0.0
+    boxed, reference = last_boxed(text), last_boxed(answer) or answer
+    if boxed is None or len(reference) > MAX_ANSWER:
+        return 0.0
+    name, form = normal_form(boxed)
+    true_name, true_form = normal_form(reference)
+    if name and true_name and name != true_name:  # x=5 is not y=5, but 5 is either
+        return 0.0
+    return float(form == true_form and form != "")
+
+
+# "x=", "f(x)=", "AB=", "x \in" and "(x,y)=" at the start of an answer or of each item of a list.
+VARIABLE = re.compile(
+    r"(^|[,;])((?:[a-zA-Z]|[A-Z]{2,3}|\\angle[A-Z]{1,3}|\\(?:alpha|beta|gamma|delta|theta|lambda|mu"
+    r"|phi|varphi|omega))(?:\d|_\w|_\{\w+\})?'?(?:\^\{-1\})?(?:\(\w\))?|\(\w(?:[,;]\w)+\))"
+    r"(?:=|\\in(?![a-z]))", re.ASCII)
+
+
+def normal_form(text):
+    """(variable, form) of an answer: "x = \\dfrac12" gives ("x", "1/2"), "50\\%" ("", "50")."""
+    for pattern, by in REWRITES:
+        text = pattern.sub(by, text)
+    names = {name.replace(";", ",") for _, name in VARIABLE.findall(text)}
+    if len(names) == 1:
+        return names.pop(), normal_part(VARIABLE.sub(r"\1", text))
+    return "", normal_part(text)
+
+
+def last_boxed(text):
+    """The inside of the last balanced \\boxed{...}, or None: "so \\boxed{\\frac{1}{2}}." gives
+    "\\frac{1}{2}". A box cut off by the end of the text is passed over; a too long one is None."""
+    start = len(text)
+    while (start := text.rfind("\\boxed{", 0, start)) >= 0:
+        inside = text[start + 7 : start + 8 + MAX_ANSWER]
+        depth = 1
+        for match in re.finditer(r"\\.|[{}]", inside, re.DOTALL):  # \{ and \} do not count
+            depth += {"{": 1, "}": -1}.get(match[0], 0)
+            if depth == 0:
+                return inside[: match.start()]
+        if len(inside) > MAX_ANSWER:  # also bounds the loop: earlier boxes are longer still
+            return None
+    return None
+
+
+def digits_alone(match):
+    return re.sub(r"[^-+0-9]", "", match[0])
+
+
+def with_commas(match):
+    return re.sub(r"(?: *[,;])? *\b(?:and|or)\b(?: *[,;])? *", ", ", match[0])
+
+
+TEXT = r"\\(?:text(?:rm|bf|it|normal)?|mathrm|mbox)"
+# In \text{} after a number stands a unit, unless it may change what the number says:
+# 3 a.m. is not 3 p.m., 2\mathrm{i} is not 2, 3 million and 3 or more are not 3.
+UNIT = TEXT + (
+    r"\{(?!(?i: ?[ap]\.? ?m\b| ?(?![mgshl]\b)[a-z] ?\}|[^{}]*\b(?:and|or|to|than|if|for|except"
+    r"|is|are|not?|none|more|less|fewer|greater|most|least|plus|minus|positive|negative|squared"
+    r"|cubed|even|odd|over|mod|base|remainder|r|factorial|hundred|thousand|[a-z]*illions?|dozens?"
+    r"|half|halves|thirds?|quarters?|th|times|north|south|east|west|left|right|up|down|above|below"
+    r"|before|after|bce?|ad)\b))[a-zA-Z .'/-]*(?:\^\{?[23]\}?)?\}")
+PLAIN_UNIT = (
+    r"(?:(?:square|cubic|sq\.?) ?)?(?:cm|mm|km|kg|inch(?:es)?|feet|miles|meters|units?|degrees"
+    r"|dollars|cents|years|days|hours|minutes|seconds|percent|pct)")
+
+# Applied in this order. Left: how people write it. Right: the one way we compare. The list only
+# grows by pairs seen in real answers, and each rule must keep different answers different: a
+# verifier that is too kind is found by the policy, one that is too strict costs a little signal.
+REWRITES = [(re.compile(pattern, re.ASCII), by) for pattern, by in [
+    # typography
+    (r"\s+", " "),
+    (r"[−–]", "-"),
+    (r"\^ ?\{?\\circ\}?|\\degree|°|\\?[$%]", ""),
+    (r"\. ?$", ""),
+    (r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle)(?![a-zA-Z])", ""),
+    # blanks and commas that stand in large numbers only: 1\,234, 1{,}234, 1,\! 234, 1 234
+    (r"(?<![\w.^])(?<![^\\],)[1-9]\d{0,2}(?:(?:\{,\}|, ?\\! ?|\\!|\\[, ]|[~ ])\d{3})+"
+     r"(?!\d|,\d|(?:\\[, ]|[~ ])*[\d/])", digits_alone),
+    (r"-0,(?=\d)", "-0{,}"),  # a decimal comma: -0,5 is not the list of 0 and 5
+    (r"(?<!\\)\\[!()\[\]]", ""),
+    (r"(?:(?<!\\)\\(?:[,;:> ]|q?quad(?![a-z]))|[~ ])+", " "),
+    # symbols with several names
+    (r"\\[dtc]frac", r"\\frac"),
+    (r"\\leq?(?:slant)?(?![a-z])|≤", "<="),
+    (r"\\geq?(?:slant)?(?![a-z])|≥", ">="),
+    (r"\\lt(?![a-z])", "<"),
+    (r"\\gt(?![a-z])", ">"),
+    (r"\\neq?(?![a-z])|!=", "≠"),
+    (r"\\cup(?![a-z])|(?<=[)\]]) ?U ?(?=[(\[])", "∪"),
+    (r"\\varnothing|∅", r"\\emptyset"),
+    (r"\\(begin|end)\{bmatrix\}", r"\\\1{pmatrix}"),
+    (r"[(\[] ?\\begin\{(?:matrix\}|array\}\{[clr]+\})((?:(?!\\begin|\\end).)*)"
+     r"\\end\{(?:matrix|array)\} ?[)\]]", r"\\begin{pmatrix}\1\\end{pmatrix}"),
+    # units, at the end and after a number
+    (rf"(?:(?<=[\d}})\]])|(?<=\\pi)) ?(?:{UNIT}|{PLAIN_UNIT})(?:\^\{{?[23]\}}?)?[. ]*$", ""),
+    (rf"{TEXT}\{{([^{{}}]*)\}}", r" \1 "),
+    (r"(?i)(?<=\d) *a\.? ?m\b\.?", "am"),
+    (r"(?i)(?<=\d) *p\.? ?m\b\.?", "pm"),
+    (r"^[^<>≠]*$", with_commas),  # a list; but "x<1 or x>2" is not "x<1 and x>2"
+    # blanks: what they mean is read before they go
+    (r" +", " "),
+    (r"(?<=\d) (\d+) ?/ ?(\d+)", r"\\frac{\1}{\2}"),  # "1 1/2" is not 11/2
+    (r", ", ";"),  # "100, 200" is a list, "100,200" a number
+    (r"(?<!\d) | (?!\d)", ""),  # "1 2" stays apart: it is not 12
+    # 1,234 where it stands alone, not in (1,234)
+    (r"(?:^|(?<=[;=<>∪]))[-+]?[1-9]\d{0,2}(?:,\d{3})+(?=\.\d|[;=<>∪]|\.?$)", digits_alone),
+    # braces and signs that may be left out
+    (r"([_^])\{(\w)\}", r"\1\2"),
+    (r"\\sqrt(\w)", r"\\sqrt{\1}"),
+    (r"\\frac(\d|\\pi)", r"\\frac{\1}"),
+    (r"\\frac(\{(?:[^{}]|\{[^{}]*\})*\})(\w|\\pi)", r"\\frac\1{\2}"),
+    (r"(?:^|(?<=[(\[,;=<>∪]))\+(?=[\d.\\])", ""),
+    (r"^\\frac\{-((?:\w|\\sqrt\{\w+\}|\\pi)+)\}", r"-\\frac{\1}"),
+    (r"(?:\\cdot|\\times|\*)(?=[a-zA-Z(]|\\sqrt|\\pi)", ""),
+    (r"\\cdot|\\times", "*"),  # stays before digits and \frac: 2*\frac12 is not 2\frac12
+]]
+NUMBER = r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"  # no exponents: 1e999999999
+SYMBOLS = r"((?:(?:\\pi|\\sqrt\{\w+\}|[a-zA-Z])(?:\^\w)?)*)"
+TERM = re.compile(  # 0.75, -2\pi, \frac{3}{4}, 1\frac{3}{4}, \frac{3}{4}\pi, \frac{-3\pi}{4}
+    rf"([-+]?)({NUMBER}?)"
+    rf"(?:\\frac\{{([-+]?)({NUMBER}?){SYMBOLS}\}}\{{([-+]?{NUMBER})\}})?{SYMBOLS}", re.ASCII)
+QUOTIENT = re.compile(  # 3/4, 3\pi/4, \sqrt{3}/2, x/y
+    rf"^([-+]?)((?:\d*(?:\\sqrt\{{\w+\}}|\\pi)|\w+)(?:\^\w)?|{NUMBER})"
+    rf"/({NUMBER}|[a-zA-Z]|\\pi|\\sqrt\{{\w+\}})$", re.ASCII)
+
+
+def normal_term(text):
+    """One text for all ways to write a number or a multiple of symbols, exact as a fraction:
+    "0.50", "1/2" and "\\frac{1}{2}" give "1/2", and "0.75x" gives "3/4*x"."""
+    text = QUOTIENT.sub(r"\1\\frac{\2}{\3}", text)
+    match = TERM.fullmatch(text)
+    if not match:
+        return text.replace(";", ",")
+    sign, whole, sign_above, top, above, bottom, after = match.groups()
+    symbols = (above or "") + after
+    if not (whole or bottom or symbols):
+        return text
+    value = Fraction(whole or 1)
+    if bottom:
+        mixed = whole.isdigit() and not symbols  # 2\frac12x may be a sum or a product
+        if not (top or above) or Fraction(bottom) == 0 or whole and not mixed:
+            return text
+        value = Fraction(whole or 0) + Fraction(sign_above + (top or "1")) / Fraction(bottom)
+    value = -value if sign == "-" else value
+    return str(value) if not symbols else symbols if value == 1 else f"{value}*{symbols}"
+
+
+def split_list(text, separators=",;"):
+    """Parts between top-level separators: "(1,2),3" -> ["(1,2)", "3"]. None where brackets do not
+    match or are nested deeper than people write, so that reading stays fast."""
+    parts, depth, start = [], 0, 0
+    for match in re.finditer(rf"[()\[\]{{}}{separators}]", text):
+        depth += (match[0] in "([{") - (match[0] in ")]}")
+        if not 0 <= depth <= 10:
+            return None
+        if depth == 0 and match[0] in separators:
+            parts.append(text[start : match.start()])
+            start = match.end()
+    return None if depth else [*parts, text[start:]]
+
+
+def normal_part(text):
+    """One text for all ways to write a number, list, tuple, interval, set or matrix:
+    "(0.5,3)" -> "(1/2,3)"."""
+    sets = split_list(text, "∪") or [text]
+    if len(sets) > 1:
+        return "∪".join(sorted(normal_part(part) for part in sets))
+    braces = text[:2] == "\\{" and text[-2:] == "\\}" and split_list(text[2:-2])
+    parts = braces or split_list(text) or [text]
+    if braces or len(parts) > 1:  # a list without brackets is read as a set, too: "x=1,x=2"
+        return "{" + ",".join(sorted(normal_part(part) for part in parts)) + "}"
+    inside = split_list(text[1:-1]) if text[:1] in ("(", "[") and text[-1:] in (")", "]") else None
+    if inside and len(inside) > 1:
+        return text[0] + ",".join(normal_part(part) for part in inside) + text[-1]
+    if inside and text[0] + text[-1] == "()":  # "(5)", "(B)"
+        return normal_part(inside[0])
+    matrix = re.fullmatch(r"\\begin\{pmatrix\}(.*?)(?:\\\\)?\\end\{pmatrix\}", text)
+    if matrix:
+        rows = [row.split("&") for row in matrix[1].split("\\\\")]
+        return f"matrix {[[normal_part(cell) for cell in row] for row in rows]}"
+    return "".join(normal_term(part) for part in re.split("(<=|>=|[=<>≠])", text))
+
+
+class MathVerify:
+    """The grader of the package math-verify, called like `math_reward`, in a process of its own:
+    its time limit is a signal, which long computations in C do not obey, but a process can be
+    killed. A text on which it raises or hangs gets 0.0 and is counted in `failed`."""
+
+    program = """
+import json, sys
+from math_verify import parse, verify
+out, sys.stdout = sys.stdout, sys.stderr
+for line in sys.stdin:
+    try:
+        text, answer = (parse(x, raise_on_error=True) for x in json.loads(line))
+        print(verify(answer, text, raise_on_error=True), file=out, flush=True)
+    except Exception:
+        print("failed", file=out, flush=True)
+"""
+
+    def __init__(self, seconds=30):
+        self.seconds, self.failed, self.child = seconds, 0, None
+        if self("\\boxed{1}", "1") != 1.0:
+            raise ValueError("--verifier math-verify needs that package: pip install math-verify.")
+
+    def __call__(self, text, answer):
+        if self.child is None:  # a session of its own: Ctrl-C in the terminal is not for it
+            self.child = subprocess.Popen(
+                [sys.executable, "-c", self.program], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL, text=True, start_new_session=True)
+        timer = threading.Timer(self.seconds, self.child.kill)
+        timer.start()
+        print(json.dumps([text, f"\\boxed{{{answer}}}"]), file=self.child.stdin, flush=True)
+        verdict = self.child.stdout.readline().strip()  # "" when it was killed
+        timer.cancel()
+        if not verdict:
+            self.child = None
+        if verdict not in ("True", "False"):
+            self.failed += 1
+            if str(self.failed).strip("0") == "1":  # told at 1, 10, 100, ...
+                print(f"math-verify failed on {self.failed} answers so far: they count as wrong.")
+        return float(verdict == "True")
+
+
+class Math:
+    """Questions from a file, split like Countdown; held_out=1.0 keeps all for evaluation.
+    verifier: "ours", which is `math_reward`, or "math-verify", which is the package."""
+
+    style = "boxed"
+    system = "Please reason step by step, and put your final answer within \\boxed{}."
+
+    def __init__(self, path, held_out=0.1, verifier="ours"):
+        check_share(held_out)
+        self.held_out, self.judge = held_out, math_reward
+        self.problems = Problems(path, read_math, self.is_held_out)
+        self.notes = self.problems.notes  # what the user should hear about the file
+        if verifier == "math-verify":
+            self.judge = MathVerify()
+            return
+        answers = [problem.answer for problem in self.problems.train + self.problems.held_out]
+        lost = [answer for answer in answers if math_reward(f"\\boxed{{{answer}}}", answer) == 0]
+        if lost:
+            self.notes.append(f"{path}: no answer can match {len(lost)} of the {len(answers)} "
+                              f"reference answers, the first of them {lost[0][:50]!r}.")
+
+    def problem(self, rng, held_out=False):
+        return self.problems.draw(rng, held_out)
+
+    def held_out_problems(self, n=None):
+        """The first n held-out problems in file order, all of them without n."""
+        return self.problems.held_out[:n]
+
+    def is_held_out(self, problem):
+        return hashed_share(problem.question) < self.held_out
+
+    def prompt(self, problem):
+        """The question with the paper's sentence."""
+        return (f"{problem.question}\n\nLet's think step by step and output the final answer "
+                "within \\boxed{}.")
+
+    def reward(self, problem, text):
+        return self.judge(text, problem.answer)
+
+    def canonical(self, text):
+        """The normal form of the last boxed answer, None when there is none."""
+        boxed = last_boxed(text) if isinstance(text, str) else None
+        return normal_form(boxed)[1] or None if boxed else None
+
+
+# ---- Reading of files, and the split
 
 
 def hashed_share(text):
@@ -493,281 +773,6 @@ def download(path):
             repo_id=match[1], revision=match[2], filename=match[3], repo_type="dataset")
     except Exception as error:  # offline, no such file, no access: many types, one sentence
         raise ValueError(f"Cannot fetch {path}: {' '.join(str(error).split())}") from None
-
-
-# ---- Math
-
-
-def last_boxed(text):
-    """The inside of the last balanced \\boxed{...}, or None: "so \\boxed{\\frac{1}{2}}." gives
-    "\\frac{1}{2}". A box cut off by the end of the text is passed over; a too long one is None."""
-    start = len(text)
-    while (start := text.rfind("\\boxed{", 0, start)) >= 0:
-        inside = text[start + 7 : start + 8 + MAX_ANSWER]
-        depth = 1
-        for match in re.finditer(r"\\.|[{}]", inside, re.DOTALL):  # \{ and \} do not count
-            depth += {"{": 1, "}": -1}.get(match[0], 0)
-            if depth == 0:
-                return inside[: match.start()]
-        if len(inside) > MAX_ANSWER:  # also bounds the loop: earlier boxes are longer still
-            return None
-    return None
-
-
-def digits_alone(match):
-    return re.sub(r"[^-+0-9]", "", match[0])
-
-
-def with_commas(match):
-    return re.sub(r"(?: *[,;])? *\b(?:and|or)\b(?: *[,;])? *", ", ", match[0])
-
-
-TEXT = r"\\(?:text(?:rm|bf|it|normal)?|mathrm|mbox)"
-# In \text{} after a number stands a unit, unless it may change what the number says:
-# 3 a.m. is not 3 p.m., 2\mathrm{i} is not 2, 3 million and 3 or more are not 3.
-UNIT = TEXT + (
-    r"\{(?!(?i: ?[ap]\.? ?m\b| ?(?![mgshl]\b)[a-z] ?\}|[^{}]*\b(?:and|or|to|than|if|for|except"
-    r"|is|are|not?|none|more|less|fewer|greater|most|least|plus|minus|positive|negative|squared"
-    r"|cubed|even|odd|over|mod|base|remainder|r|factorial|hundred|thousand|[a-z]*illions?|dozens?"
-    r"|half|halves|thirds?|quarters?|th|times|north|south|east|west|left|right|up|down|above|below"
-    r"|before|after|bce?|ad)\b))[a-zA-Z .'/-]*(?:\^\{?[23]\}?)?\}")
-PLAIN_UNIT = (
-    r"(?:(?:square|cubic|sq\.?) ?)?(?:cm|mm|km|kg|inch(?:es)?|feet|miles|meters|units?|degrees"
-    r"|dollars|cents|years|days|hours|minutes|seconds|percent|pct)")
-
-# Applied in this order. Left: how people write it. Right: the one way we compare. The list only
-# grows by pairs seen in real answers, and each rule must keep different answers different: a
-# verifier that is too kind is found by the policy, one that is too strict costs a little signal.
-REWRITES = [(re.compile(pattern, re.ASCII), by) for pattern, by in [
-    # typography
-    (r"\s+", " "),
-    (r"[−–]", "-"),
-    (r"\^ ?\{?\\circ\}?|\\degree|°|\\?[$%]", ""),
-    (r"\. ?$", ""),
-    (r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle)(?![a-zA-Z])", ""),
-    # blanks and commas that stand in large numbers only: 1\,234, 1{,}234, 1,\! 234, 1 234
-    (r"(?<![\w.^])(?<![^\\],)[1-9]\d{0,2}(?:(?:\{,\}|, ?\\! ?|\\!|\\[, ]|[~ ])\d{3})+"
-     r"(?!\d|,\d|(?:\\[, ]|[~ ])*[\d/])", digits_alone),
-    (r"\{,\}", ","),
-    (r"-0,(?=\d)", "-0{,}"),  # a decimal comma: -0,5 is not the list of 0 and 5
-    (r"(?<!\\)\\[!()\[\]]", ""),
-    (r"(?:(?<!\\)\\(?:[,;:> ]|q?quad(?![a-z]))|[~ ])+", " "),
-    # symbols with several names
-    (r"\\[dtc]frac", r"\\frac"),
-    (r"\\leq?(?:slant)?(?![a-z])|≤", "<="),
-    (r"\\geq?(?:slant)?(?![a-z])|≥", ">="),
-    (r"\\lt(?![a-z])", "<"),
-    (r"\\gt(?![a-z])", ">"),
-    (r"\\neq?(?![a-z])|!=", "≠"),
-    (r"\\cup(?![a-z])|(?<=[)\]]) ?U ?(?=[(\[])", "∪"),
-    (r"\\varnothing|∅", r"\\emptyset"),
-    (r"\\(begin|end)\{bmatrix\}", r"\\\1{pmatrix}"),
-    (r"[(\[] ?\\begin\{(?:matrix\}|array\}\{[clr]+\})((?:(?!\\begin|\\end).)*)"
-     r"\\end\{(?:matrix|array)\} ?[)\]]", r"\\begin{pmatrix}\1\\end{pmatrix}"),
-    # units, at the end and after a number
-    (rf"(?:(?<=[\d}})\]])|(?<=\\pi)) ?(?:{UNIT}|{PLAIN_UNIT})(?:\^\{{?[23]\}}?)?[. ]*$", ""),
-    (rf"{TEXT}\{{([^{{}}]*)\}}", r" \1 "),
-    (r"(?i)(?<=\d) *a\.? ?m\b\.?", "am"),
-    (r"(?i)(?<=\d) *p\.? ?m\b\.?", "pm"),
-    (r"^[^<>≠]*$", with_commas),  # a list; but "x<1 or x>2" is not "x<1 and x>2"
-    # blanks: what they mean is read before they go
-    (r" +", " "),
-    (r"(?<=\d) (\d+) ?/ ?(\d+)", r"\\frac{\1}{\2}"),  # "1 1/2" is not 11/2
-    (r", ", ";"),  # "100, 200" is a list, "100,200" a number
-    (r"(?<!\d) | (?!\d)", ""),  # "1 2" stays apart: it is not 12
-    (r"(?:^|(?<=[;=<>∪]))[-+]?[1-9]\d{0,2}(?:,\d{3})+(?=\.\d|[;=<>∪]|\.?$)", digits_alone),
-    # braces and signs that may be left out
-    (r"([_^])\{(\w)\}", r"\1\2"),
-    (r"\\sqrt(\w)", r"\\sqrt{\1}"),
-    (r"\\frac(\d|\\pi)", r"\\frac{\1}"),
-    (r"\\frac(\{(?:[^{}]|\{[^{}]*\})*\})(\w|\\pi)", r"\\frac\1{\2}"),
-    (r"(?:^|(?<=[(\[,;=<>∪]))\+(?=[\d.\\])", ""),
-    (r"^\\frac\{-((?:\w|\\sqrt\{\w+\}|\\pi)+)\}", r"-\\frac{\1}"),
-    (r"(?:\\cdot|\\times|\*)(?=[a-zA-Z(]|\\sqrt|\\pi)", ""),
-    (r"\\cdot|\\times", "*"),  # stays before digits and \frac: 2*\frac12 is not 2\frac12
-]]
-NUMBER = r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"  # no exponents: 1e999999999
-SYMBOLS = r"((?:(?:\\pi|\\sqrt\{\w+\}|[a-zA-Z])(?:\^\w)?)*)"
-TERM = re.compile(  # 0.75, -2\pi, \frac{3}{4}, 1\frac{3}{4}, \frac{3}{4}\pi, \frac{-3\pi}{4}
-    rf"([-+]?)({NUMBER}?)"
-    rf"(?:\\frac\{{([-+]?)({NUMBER}?){SYMBOLS}\}}\{{([-+]?{NUMBER})\}})?{SYMBOLS}", re.ASCII)
-QUOTIENT = re.compile(  # 3/4, 3\pi/4, \sqrt{3}/2, x/y
-    rf"^([-+]?)((?:\d*(?:\\sqrt\{{\w+\}}|\\pi)|\w+)(?:\^\w)?|{NUMBER})"
-    rf"/({NUMBER}|[a-zA-Z]|\\pi|\\sqrt\{{\w+\}})$", re.ASCII)
-
-
-def normal_term(text):
-    """One text for all ways to write a number or a multiple of symbols, exact as a fraction:
-    "0.50", "1/2" and "\\frac{1}{2}" give "1/2", and "0.75x" gives "3/4*x"."""
-    text = QUOTIENT.sub(r"\1\\frac{\2}{\3}", text)
-    match = TERM.fullmatch(text)
-    if not match:
-        return text.replace(";", ",")
-    sign, whole, sign_above, top, above, bottom, after = match.groups()
-    value, symbols = Fraction(whole or 1), (above or "") + after
-    if bottom:
-        if not (top or above) or not Fraction(bottom) or whole and (symbols or not whole.isdigit()):
-            return text
-        value = Fraction(whole or 0) + Fraction(sign_above + (top or "1")) / Fraction(bottom)
-    if not (whole or bottom or symbols):
-        return text
-    value = -value if sign == "-" else value
-    return str(value) if not symbols else symbols if value == 1 else f"{value}*{symbols}"
-
-
-def split_list(text, separators=",;"):
-    """Parts between top-level separators: "(1,2),3" -> ["(1,2)", "3"]. None where brackets do not
-    match or are nested deeper than people write, so that reading stays fast."""
-    parts, depth, start = [], 0, 0
-    for match in re.finditer(rf"[()\[\]{{}}{separators}]", text):
-        depth += (match[0] in "([{") - (match[0] in ")]}")
-        if not 0 <= depth <= 10:
-            return None
-        if depth == 0 and match[0] in separators:
-            parts.append(text[start : match.start()])
-            start = match.end()
-    return None if depth else [*parts, text[start:]]
-
-
-def normal_part(text):
-    """One text for all ways to write a number, list, tuple, interval, set or matrix:
-    "(0.5,3)" -> "(1/2,3)"."""
-    sets = split_list(text, "∪") or [text]
-    if len(sets) > 1:
-        return "∪".join(sorted(normal_part(part) for part in sets))
-    braces = text[:2] == "\\{" and text[-2:] == "\\}" and split_list(text[2:-2])
-    parts = braces or split_list(text) or [text]
-    if braces or len(parts) > 1:  # a list without brackets is read as a set, too: "x=1,x=2"
-        return "{" + ",".join(sorted(normal_part(part) for part in parts)) + "}"
-    inside = split_list(text[1:-1]) if text[:1] in ("(", "[") and text[-1:] in (")", "]") else None
-    if inside and len(inside) > 1:
-        return text[0] + ",".join(normal_part(part) for part in inside) + text[-1]
-    if inside and text[0] + text[-1] == "()":  # "(5)", "(B)"
-        return normal_part(inside[0])
-    matrix = re.fullmatch(r"\\begin\{pmatrix\}(.*?)(?:\\\\)?\\end\{pmatrix\}", text)
-    if matrix:
-        rows = [row.split("&") for row in matrix[1].split("\\\\")]
-        return f"matrix {[[normal_part(cell) for cell in row] for row in rows]}"
-    return "".join(normal_term(part) for part in re.split("(<=|>=|[=<>≠])", text))
-
-
-# "x=", "f(x)=", "AB=", "x \in" and "(x,y)=" at the start of an answer or of each item of a list.
-VARIABLE = re.compile(
-    r"(^|[,;])((?:[a-zA-Z]|[A-Z]{2,3}|\\angle[A-Z]{1,3}|\\(?:alpha|beta|gamma|delta|theta|lambda|mu"
-    r"|phi|varphi|omega))(?:\d|_\w|_\{\w+\})?'?(?:\^\{-1\})?(?:\(\w\))?|\(\w(?:[,;]\w)+\))"
-    r"(?:=|\\in(?![a-z]))", re.ASCII)
-
-
-def normal_form(text):
-    """(variable, form) of an answer: "x = \\dfrac12" gives ("x", "1/2"), "50\\%" ("", "50")."""
-    for pattern, by in REWRITES:
-        text = pattern.sub(by, text)
-    names = {name.replace(";", ",") for _, name in VARIABLE.findall(text)}
-    if len(names) == 1:
-        return names.pop(), normal_part(VARIABLE.sub(r"\1", text))
-    return "", normal_part(text)
-
-
-def math_reward(text, answer) -> float:
-    """1.0 if the last \\boxed{} of text writes the same as answer (plain or boxed), else 0.0.
-
-    math_reward("so \\boxed{x=0.5}", "\\frac12") is 1.0. Numbers are compared exactly as fractions
-    (0.33 is not 1/3), everything else letter by letter after REWRITES: no algebra.
-    """
-    if not isinstance(text, str) or not isinstance(answer, str):
-        return 0.0
-    boxed, reference = last_boxed(text), last_boxed(answer) or answer
-    if boxed is None or len(reference) > MAX_ANSWER:
-        return 0.0
-    name, form = normal_form(boxed)
-    true_name, true_form = normal_form(reference)
-    if name and true_name and name != true_name:  # x=5 is not y=5, but 5 is either
-        return 0.0
-    return float(form == true_form and form != "")
-
-
-class MathVerify:
-    """The grader of the package math-verify, called like `math_reward`, in a process of its own:
-    its time limit is a signal, which long computations in C do not obey, but a process can be
-    killed. A text on which it raises or hangs gets 0.0 and is counted in `failed`."""
-
-    program = """
-import json, sys
-from math_verify import parse, verify
-out, sys.stdout = sys.stdout, sys.stderr
-for line in sys.stdin:
-    try:
-        text, answer = (parse(x, raise_on_error=True) for x in json.loads(line))
-        print(verify(answer, text, raise_on_error=True), file=out, flush=True)
-    except Exception:
-        print("failed", file=out, flush=True)
-"""
-
-    def __init__(self, seconds=30):
-        self.seconds, self.failed, self.child = seconds, 0, None
-        if self("\\boxed{1}", "1") != 1.0:
-            raise ValueError("--verifier math-verify needs that package: pip install math-verify.")
-
-    def __call__(self, text, answer):
-        if self.child is None:  # a session of its own: Ctrl-C in the terminal is not for it
-            self.child = subprocess.Popen(
-                [sys.executable, "-c", self.program], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL, text=True, start_new_session=True)
-        timer = threading.Timer(self.seconds, self.child.kill)
-        timer.start()
-        print(json.dumps([text, f"\\boxed{{{answer}}}"]), file=self.child.stdin, flush=True)
-        verdict = self.child.stdout.readline().strip()  # "" when it was killed
-        timer.cancel()
-        if verdict not in ("True", "False"):
-            self.failed += 1
-        if not verdict:
-            self.child = None
-        return float(verdict == "True")
-
-
-class Math:
-    """Questions from a file, split like Countdown; held_out=1.0 keeps all for evaluation.
-    verifier: "ours", which is `math_reward`, or "math-verify", which is the package."""
-
-    style = "boxed"
-    system = "Please reason step by step, and put your final answer within \\boxed{}."
-
-    def __init__(self, path, held_out=0.1, verifier="ours"):
-        check_share(held_out)
-        self.held_out, self.judge = held_out, math_reward
-        self.problems = Problems(path, read_math, self.is_held_out)
-        self.notes = self.problems.notes  # what the user should hear about the file
-        if verifier == "math-verify":
-            self.judge = MathVerify()
-            return
-        answers = [problem.answer for problem in self.problems.train + self.problems.held_out]
-        lost = [answer for answer in answers if math_reward(f"\\boxed{{{answer}}}", answer) == 0]
-        if lost:
-            self.notes.append(f"{path}: no answer can match {len(lost)} of the {len(answers)} "
-                              f"reference answers, the first of them {lost[0][:50]!r}.")
-
-    def problem(self, rng, held_out=False):
-        return self.problems.draw(rng, held_out)
-
-    def held_out_problems(self, n=None):
-        """The first n held-out problems in file order, all of them without n."""
-        return self.problems.held_out[:n]
-
-    def is_held_out(self, problem):
-        return hashed_share(problem.question) < self.held_out
-
-    def prompt(self, problem):
-        """The question with the paper's sentence."""
-        return (f"{problem.question}\n\nLet's think step by step and output the final answer "
-                "within \\boxed{}.")
-
-    def reward(self, problem, text):
-        return self.judge(text, problem.answer)
-
-    def canonical(self, text):
-        """The normal form of the last boxed answer, None when there is none."""
-        boxed = last_boxed(text) if isinstance(text, str) else None
-        return normal_form(boxed)[1] or None if boxed else None
 
 
 # ---- The task's flags, which train.py and eval.py share
