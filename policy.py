@@ -30,6 +30,7 @@ try:                                                   # comes with a torch that
 except ImportError:
     triton = None
 
+BUCKETS = 4                   # groups of like answer length in one forward pass of `score`
 FAMILIES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
             "mistral": "MistralForCausalLM", "ministral": "MinistralForCausalLM"}
 
@@ -182,14 +183,6 @@ class Policy(nn.Module):
     def device(self):
         return self.model.embed_tokens.weight.device
 
-    def new_cache(self):
-        """An empty KVCache, for those who are handed a policy and import nothing."""
-        return KVCache()
-
-    def stepper(self, cache, mask, room):
-        """A Stepper that goes on from prompts read into `cache`: for those who sample, and import nothing."""
-        return Stepper(self, cache, mask, room)
-
     def forward(self, tokens, mask=None, cache=None):
         """Hidden states of the new tokens, after the last norm: what `head` reads.
 
@@ -267,96 +260,49 @@ def allowed(mask, T, S, window, device):
     return ok | (key == query)                         # a padded query reads itself: no empty softmax, no NaN
 
 
-class Stepper:
-    """`Policy.forward` for one token a row, on plain tensors: where sampling spends its time.
+# ------------------------------------------------------------------ the log-probability of an answer
 
-    The same mathematics in fewer operations: q, k and v are one product, gate and up another; a norm's weight is folded
-    into the matrix that reads it, a residual is added by the product before it, and the query heads that share a key
-    head are the rows of one small product. The weights are copies: a Stepper serves one `sample` call.
+def score(policy, rollout, rows, group_size, temperature):
+    """log pi(y|x): log-probability and entropy of the sampled tokens of `rows` (an index tensor) of
+    a sample.Rollout -> two (len(rows), T) fp32, 0 off the mask; differentiable.
+
+    By definition one forward pass of each prompt with its answer. Here each prompt is read once, and
+    the answers of its group attend to its keys and values; an answer that was given several times
+    is read once, too. Answers go through the model in buckets of like length, so that little padding
+    is computed, and padding never reaches the head.
     """
+    # The prompts of these rows, each once; prompt_of (rows,) says which one a row answers.
+    group, prompt_of = torch.unique(rows // group_size, return_inverse=True)
+    P, first = rollout.prompt_mask.shape[1], group * group_size             # a row of each group
+    prompt, prompt_mask = rollout.tokens[first, :P], rollout.prompt_mask[first]
+    padded, cache = not prompt_mask.all(), KVCache()
+    last = policy(prompt, prompt_mask if padded else None, cache)[:, -1]    # (prompts, D)
 
-    def __init__(self, policy, cache, mask, room):
-        """Each row goes on from a prompt in `cache`, `room` tokens at most; `keep` repeats rows. mask (prompts, P) bool."""
-        config, dtype, device, S = policy.config, policy.dtype, policy.device, cache.length + room
-        self.eps, self.dtype, self.head_dim = config.rms_norm_eps, dtype, head_dim(config)
-        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.windows = [None if window is None or window >= S else window for window in policy.windows]
-        self.embedding, self.norm = policy.model.embed_tokens.weight, policy.model.norm
-        self.head = policy.head if policy.device.type != "cuda" else policy.head.to(dtype)
-        self.layers = [fused(block, dtype) for block in policy.model.layers]
-        with_room = lambda x: F.pad(x, (0, 0, 0, room)).flatten(0, 1)
-        self.keys, self.values = ([with_room(x) for x in xs] for xs in (cache.keys, cache.values))  # (B kv, S, head_dim)
-        angles = torch.arange(S, device=device)[:, None] * policy.inv_freq                     # (S, head_dim / 2)
-        self.cos = torch.cat([angles.cos(), angles.cos()], dim=1).to(dtype)                         # (S, head_dim)
-        self.sin = torch.cat([-angles.sin(), angles.sin()], dim=1).to(dtype)
-        # What is added to the attention scores: -inf hides padding and slots not yet written.
-        seen = F.pad(mask, (0, room), value=False)[:, None]                                         # (B, 1, S)
-        self.bias = torch.where(seen, 0.0, -math.inf).to(dtype).repeat_interleave(self.kv_heads, 0)     # (B kv, 1, S)
-        self.padding = (~mask).sum(1)                                           # (B,): positions count real tokens only
-        self.slot = torch.tensor([cache.length], device=device)            # where the next token's keys go
+    # The different answers, each once; answer_of (rows,) says which one a row gave.
+    given = torch.where(rollout.mask[rows], rollout.response[rows], -1)     # (rows, T)
+    given = torch.cat([prompt_of[:, None], given], dim=1).cpu()             # not every device can
+    given, answer_of = torch.unique(given, dim=0, return_inverse=True)      # compare rows
+    given, answer_of = given.to(rows.device), answer_of.to(rows.device)
+    prompt_of, response, mask = given[:, 0], given[:, 1:].clamp(min=0), given[:, 1:] >= 0
 
-    def step(self, token, span):
-        """Read one token a row, (B,), looking at the first `span` slots -> hidden (B, D), what the head reads."""
-        B, H, KV, size = len(token), self.heads, self.kv_heads, self.head_dim
-        position = self.slot - self.padding                                     # (B,)
-        cos, sin = self.cos[position][:, None], self.sin[position][:, None]     # (B, 1, head_dim)
-        self.bias.index_fill_(2, self.slot, 0.0)
-        x = F.embedding(token, self.embedding).to(self.dtype)                   # (B, D)
-        for layer, keys, values, window in zip(self.layers, self.keys, self.values, self.windows):
-            (qkv, qkv_bias), qk_norm, (out, out_bias), (gate_up, gate_up_bias), (down, down_bias) = layer
-            heads = F.linear(F.rms_norm(x, x.shape[-1:], eps=self.eps), qkv, qkv_bias).view(B, H + 2 * KV, size)
-            qk, v = heads.split([H + KV, KV], dim=1)                            # (B, H + KV, head_dim), (B, KV, ..)
-            if qk_norm is not None:
-                qk = F.rms_norm(qk, (size,), eps=self.eps) * qk_norm
-            qk = (qk * cos).addcmul_(qk.roll(size // 2, dims=-1), sin)          # `rotate` in three operations
-            q, k = qk.split([H, KV], dim=1)
-            keys.index_copy_(1, self.slot, k.reshape(-1, 1, size))
-            values.index_copy_(1, self.slot, v.reshape(-1, 1, size))
-            near = slice(0 if window is None else max(0, span - window), span)
-            q = q.reshape(B * KV, H // KV, size)                                # heads that share a key head: rows
-            scores = torch.baddbmm(self.bias[:, :, near], q, keys[:, near].mT, alpha=size ** -0.5)    # (.., .., near)
-            mixed = torch.bmm(scores.softmax(-1), values[:, near]).view(B, H * size)
-            x = torch.addmm(x if out_bias is None else x + out_bias, mixed, out.T)
-            gate, up = F.linear(F.rms_norm(x, x.shape[-1:], eps=self.eps), gate_up, gate_up_bias).chunk(2, dim=-1)
-            x = torch.addmm(x if down_bias is None else x + down_bias, F.silu(gate).mul_(up), down.T)
-        self.slot.add_(1)
-        return self.norm(x)
-
-    def logits(self, hidden, temperature):
-        """hidden (B, D) -> (B, V) at `temperature`, made as `token_logprobs` makes them."""
-        return logits_of(*operands(hidden, self.head), temperature)
-
-    def keep(self, rows):
-        """Go on with these rows only, any of them once or more."""
-        if torch.equal(rows, torch.arange(len(self.padding), device=rows.device)):
-            return
-        def grouped(x):                                # (B kv, ...) -> (len(rows) kv, ...)
-            return x.view(-1, self.kv_heads, *x.shape[1:]).index_select(0, rows).flatten(0, 1)
-        self.keys, self.values = ([grouped(x) for x in xs] for xs in (self.keys, self.values))
-        self.bias, self.padding = grouped(self.bias), self.padding[rows]
-
-
-def fused(block, dtype):
-    """One block's weights as a Stepper reads them: four (weight, bias) pairs, and the norm of q and k or None."""
-    def join(*linears, norm=None):
-        weight = torch.cat([linear.weight for linear in linears])               # (sum of outputs, inputs)
-        bias = None if linears[0].bias is None else torch.cat([linear.bias for linear in linears]).to(dtype)
-        return (weight if norm is None else weight * norm.weight).to(dtype), bias
-    attention, mlp, qk_norm = block.self_attn, block.mlp, None
-    if hasattr(attention, "q_norm"):                                            # (heads + kv_heads, head_dim)
-        repeat = lambda norm, linear: norm.weight.expand(linear.weight.shape[0] // attention.head_dim, -1)
-        pairs = (attention.q_norm, attention.q_proj), (attention.k_norm, attention.k_proj)
-        qk_norm = torch.cat([repeat(*pair) for pair in pairs]).to(dtype)
-    return (join(attention.q_proj, attention.k_proj, attention.v_proj, norm=block.input_layernorm), qk_norm,
-            join(attention.o_proj),
-            join(mlp.gate_proj, mlp.up_proj, norm=block.post_attention_layernorm), join(mlp.down_proj))
-
-
-# ------------------------------------------------------------------------------------------- log-probability of a token
-
-# Per device: logits up to the first number of bytes are kept for the backward pass, larger ones are computed again.
-# They are made a tile at a time; a tile has the second number of bytes (a CPU's cache) and at least the third of rows.
-MEMORY = {"cpu": (256 << 20, 1 << 20, 512), "cuda": (4 << 30, 256 << 20, 8192)}
+    hidden, target, position = [], [], []
+    # As many buckets however many answers are alike: sharded processes must forward equally often.
+    buckets = mask.sum(1).argsort(descending=True).tensor_split(min(BUCKETS, len(rows)))
+    for bucket in buckets:                             # indices of answers, the longest first
+        longest = int(mask[bucket].any(0).sum())
+        fed = response[bucket, :max(1, longest - 1)]   # the last token is only predicted
+        seen = F.pad(prompt_mask[prompt_of[bucket]], (0, fed.shape[1]), value=True) if padded else None
+        later = policy(fed, seen, cache.select(prompt_of[bucket]))[:, :longest - 1]
+        # The prompt's last hidden state predicts the first token, an answer's own the others.
+        predicting = torch.cat([last[prompt_of[bucket], None], later], dim=1)   # (.., longest, D)
+        row, column = mask[bucket, :longest].nonzero(as_tuple=True)
+        hidden.append(predicting[row, column])                              # (tokens, D)
+        target.append(response[bucket[row], column])
+        position.append(torch.stack([bucket[row], column]))
+    row, column = torch.cat(position, dim=1)
+    flat = token_logprobs(torch.cat(hidden), policy.head, torch.cat(target), temperature)
+    return [torch.zeros(mask.shape, device=rows.device).index_put((row, column), values)[answer_of]
+            for values in flat]
 
 
 def token_logprobs(hidden, weight, targets, temperature=1.0):
@@ -374,6 +320,13 @@ def token_logprobs(hidden, weight, targets, temperature=1.0):
     keep = torch.is_grad_enabled() and len(targets) * len(weight) * 4 <= memory(hidden.device)[0]
     logp, entropy = TokenLogprobs.apply(hidden, weight, targets, temperature, keep)
     return logp.view(shape), entropy.view(shape)
+
+
+# -------------------------------------- a first reading ends here; below: the same tile by tile, and files
+
+# Per device: logits up to the first number of bytes are kept for the backward pass, larger ones are computed again.
+# They are made a tile at a time; a tile has the second number of bytes (a CPU's cache) and at least the third of rows.
+MEMORY = {"cpu": (256 << 20, 1 << 20, 512), "cuda": (4 << 30, 256 << 20, 8192)}
 
 
 class TokenLogprobs(torch.autograd.Function):

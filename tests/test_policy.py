@@ -72,7 +72,7 @@ def test_cached_decode_is_the_full_forward(name):
     _, ours = pair(CONFIGS[name])
     tokens, mask = ragged()
     with torch.no_grad():
-        whole, cache, parts = ours(tokens, mask), ours.new_cache(), []
+        whole, cache, parts = ours(tokens, mask), policy_module.KVCache(), []
         for start, end in ((0, 3), (3, 4), (4, 8), (8, 11)):
             parts.append(ours(tokens[:, start:end], mask[:, :end], cache))
         cached = torch.cat(parts, dim=1)
@@ -85,7 +85,7 @@ def test_greedy_text_equals_generate(name):
     tokens, mask = ragged()
     right = theirs.generate(tokens, attention_mask=mask.long(), max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None)
     with torch.no_grad():
-        cache, new = ours.new_cache(), tokens
+        cache, new = policy_module.KVCache(), tokens
         for _ in range(12):
             new = (ours(new, mask, cache)[:, -1] @ ours.head.T).argmax(-1, keepdim=True)
             tokens, mask = torch.cat([tokens, new], 1), torch.cat([mask, torch.ones_like(mask[:, :1])], 1)

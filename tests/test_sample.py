@@ -89,8 +89,8 @@ def test_dropping_finished_rows_changes_no_token(monkeypatch, family):
 def test_what_was_said_alike_is_read_once(monkeypatch, family):
     """The model reads as many rows as there are different beginnings among the answers still going, and not one more."""
     policy, tokenizer = build(family)
-    step, rows = policy_module.Stepper.step, []
-    monkeypatch.setattr(policy_module.Stepper, "step", lambda self, token, span: rows.append(len(token)) or step(self, token, span))
+    step, rows = sampling.Stepper.step, []
+    monkeypatch.setattr(sampling.Stepper, "step", lambda self, token, span: rows.append(len(token)) or step(self, token, span))
     rollout = drawn(policy, tokenizer, G=32, temperature=0.5)
     length = rollout.mask.sum(1).tolist()
     read = [len({(row // 32, *rollout.response[row, :t].tolist()) for row in range(96) if length[row] > t})
