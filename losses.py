@@ -596,21 +596,24 @@ def _per_token(x, mask):
 def _stats(batch, advantages, clipped=None, **more):
     """The numbers beside the loss, a dict of floats.
 
-    adv_abs    mean |A|
-    ratio_max  largest exp(logp - old_logp) of a token
-    clip_frac  share of tokens whose gradient the clip took away; `clipped` (B, T) or (B, 1)
-    kl_old     KL(old policy, current policy) a token, by k3
-    kl         KL(current policy, reference) a token, by k3; only with ref_logp
-    entropy    mean over tokens; only with entropy
+    adv_abs        mean |A|
+    ratio_max      largest exp(logp - old_logp) of a token
+    clip_frac      share of tokens whose gradient the clip took away; `clipped` (B, T) or (B, 1)
+    zero_std_frac  share of groups whose rewards are all equal: no signal in GRPO
+    kl_old         KL(old policy, current policy) a token, by k3
+    kl             KL(current policy, reference) a token, by k3; only with ref_logp
+    entropy        mean over tokens; only with entropy
     and what the loss adds as 0-dim tensors in `more`: ds_ratio = mean |smoothing term| / mean |A|,
     kept_frac = share of rows kept, capped_frac = share of tokens with a clipped weight.
     """
     mask = batch.mask
     clipped = torch.zeros_like(mask) if clipped is None else clipped & mask
     log_ratio = batch.logp - batch.old_logp            # (B, T)
+    r = _grouped(batch.rewards, batch.group_size)      # (B/G, G)
     values = {"adv_abs": advantages.abs().mean(),
               "ratio_max": torch.where(mask, log_ratio, -math.inf).amax().exp(),
               "clip_frac": _per_token(clipped, mask),
+              "zero_std_frac": (r.amax(1) == r.amin(1)).to(r.dtype).mean(),
               "kl_old": _per_token(kl(batch.old_logp, batch.logp), mask)}   # old drew the tokens
     if batch.ref_logp is not None:
         values["kl"] = _per_token(kl(batch.logp, batch.ref_logp), mask)
