@@ -140,7 +140,7 @@ def decode_shared(stepper, answers, prompt_of, temperature, P):
 
 def decode_apart(stepper, answers, prompt_of, temperature, P):
     """Until all have ended: a row for each answer, so that shapes stay fixed for a CUDA graph."""
-    graphed, span = can_be_captured(stepper), 0        # a graph reads `span` slots; 0: there is none
+    graphed, span = can_be_captured(stepper), 0        # a graph reads `span` slots; 0: none yet
     stepper.keep(prompt_of)
 
     def step(span):
