@@ -145,8 +145,7 @@ def entropy(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp
     return _aggregate(token_loss, batch.mask, agg), _stats(batch, advantages, clipped)
 
 
-# ------------------------------------------------------------------- a first reading ends here
-# Below: the other losses, then what all of them share.
+# ---------------------------- a first reading ends here; below: the other losses, what they share
 
 def reinforce(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp=None,
               baseline=0.0, beta=0.0):
@@ -596,24 +595,21 @@ def _per_token(x, mask):
 def _stats(batch, advantages, clipped=None, **more):
     """The numbers beside the loss, a dict of floats.
 
-    adv_abs        mean |A|
-    ratio_max      largest exp(logp - old_logp) of a token
-    clip_frac      share of tokens whose gradient the clip took away; `clipped` (B, T) or (B, 1)
-    zero_std_frac  share of groups whose rewards are all equal: no signal in GRPO
-    kl_old         KL(old policy, current policy) a token, by k3
-    kl             KL(current policy, reference) a token, by k3; only with ref_logp
-    entropy        mean over tokens; only with entropy
+    adv_abs    mean |A|
+    ratio_max  largest exp(logp - old_logp) of a token
+    clip_frac  share of tokens whose gradient the clip took away; `clipped` (B, T) or (B, 1)
+    kl_old     KL(old policy, current policy) a token, by k3
+    kl         KL(current policy, reference) a token, by k3; only with ref_logp
+    entropy    mean over tokens; only with entropy
     and what the loss adds as 0-dim tensors in `more`: ds_ratio = mean |smoothing term| / mean |A|,
     kept_frac = share of rows kept, capped_frac = share of tokens with a clipped weight.
     """
     mask = batch.mask
     clipped = torch.zeros_like(mask) if clipped is None else clipped & mask
     log_ratio = batch.logp - batch.old_logp            # (B, T)
-    r = _grouped(batch.rewards, batch.group_size)      # (B/G, G)
     values = {"adv_abs": advantages.abs().mean(),
               "ratio_max": torch.where(mask, log_ratio, -math.inf).amax().exp(),
               "clip_frac": _per_token(clipped, mask),
-              "zero_std_frac": (r.amax(1) == r.amin(1)).to(r.dtype).mean(),
               "kl_old": _per_token(kl(batch.old_logp, batch.logp), mask)}   # old drew the tokens
     if batch.ref_logp is not None:
         values["kl"] = _per_token(kl(batch.logp, batch.ref_logp), mask)

@@ -36,6 +36,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict)
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
@@ -202,7 +204,8 @@ def train_step(policy, optimizer, rollout, rewards, loss_fn, group_size, *, temp
     stats = stats | {"loss": loss.item(), "grad_norm": norm}
     stats["bad"] = not (math.isfinite(norm) and math.isfinite(stats["loss"]))
     if stats["bad"]:
-        stats["bad_rows"] = culprits(policy, rollout, gradients, group_size, temperature)
+        finite = torch.stack([x.detach().isfinite().all(1) for x in (logp[own], *gradients)])
+        stats["bad_rows"] = (~finite.all(0)).nonzero()[:, 0].tolist()
     else:
         optimizer.step()
     return stats
@@ -416,22 +419,6 @@ def on_signal(sentence, wait=False):
     return noted
 
 
-def culprits(policy, rollout, gradients, group_size, temperature):
-    """The rows to blame for a NaN or infinite step -> list: those whose log-probability is bad; else
-    those whose gradient in it is; else those that give bad gradients in the weights when they are
-    pushed through the model alone."""
-    symptoms = []                                      # a row: three booleans, the earliest cause first
-    for row in torch.arange(len(rollout.mask), device=rollout.mask.device).split(1):
-        policy.zero_grad()
-        outputs = score(policy, rollout, row, group_size, temperature)
-        torch.autograd.backward(outputs, [g[row].nan_to_num() for g in gradients])
-        norm = full(torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0))
-        symptoms.append([not x.isfinite().all() for x in (outputs[0], gradients[0][row], norm)])
-    policy.zero_grad()
-    blamed = [[row for row, bad in enumerate(column) if bad] for column in zip(*symptoms)]
-    return next((rows for rows in blamed if rows), [])
-
-
 def complain(step, stats, rollout, rows):
     """Which rows made the gradient NaN or infinite, with their text."""
     named = [f"row {int(rows[row])} {rollout.texts[rows[row]][:200]!r}"
@@ -625,41 +612,82 @@ def restore(folder, policy, optimizer, rng, generator, args):
 # ------------------------------------------------------------------------------------- checkpoints
 
 def save_checkpoint(folder, policy, optimizer, step, rng, generator):
-    """One safetensors file: weights, optimiser state, all random states; written aside, fsynced, renamed; two are kept."""
+    """One safetensors file with weights, optimiser state and all random states, on disk whole or not
+    at all; the last two are kept. Sharded state is gathered in the first process only."""
     from safetensors.torch import save_file
-    tensors = {f"weight.{name}": full(w.detach()).cpu() for name, w in policy.named_parameters()}
-    for name, w in policy.named_parameters():
-        for key, value in optimizer.state[w].items():
-            tensors[f"{key}.{name}"] = full(value).cpu()
-    tensors["generator"] = gather(generator.get_state()[None])                  # (processes, bytes)
+    gathered = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights, optimiser = get_state_dict(policy, optimizer, options=gathered)
+    generators = gather(generator.get_state()[None])                        # (processes, bytes)
     if rank() > 0:
         return
+    tensors = {f"weight.{name}": w for name, w in weights.items()} | {"generator": generators}
+    for name, moments in optimiser["state"].items():
+        tensors |= {f"{key}.{name}": value for key, value in moments.items()}
     facts = {"step": str(step), "rng": json.dumps(rng.getstate())}
     facts["digest"] = digest(tensors, facts)
-    file = Path(folder) / f"{step:07d}.safetensors"
-    aside = file.with_name("next.tmp")                 # a folder: whatever a killed save leaves in it goes with the next one
+    file = folder / f"{step:07d}.safetensors"
+    aside = folder / "next.tmp"                        # what a killed save left in it goes first
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    save_file({name: x.contiguous() for name, x in tensors.items()}, aside / file.name, metadata=facts)
-    with open(aside / file.name, "rb") as written:
+    tensors = {name: x.contiguous() for name, x in tensors.items()}
+    save_file(tensors, aside / file.name, metadata=facts)
+    with open(aside / file.name, "rb+") as written:
         os.fsync(written.fileno())
     os.replace(aside / file.name, file)
     aside.rmdir()
-    files = sorted(file.parent.glob("*.safetensors"))
-    at = files.index(file)                             # later ones are damaged: this run went on from before them
-    for other in files[:max(0, at - 1)] + files[at + 1:]:
+    files = sorted(folder.glob("*.safetensors"))
+    place = files.index(file)                          # later ones are damaged: we began before them
+    for other in files[:max(0, place - 1)] + files[place + 1:]:
         other.unlink()
 
 
 def load_checkpoint(folder, policy, optimizer, rng, generator):
-    """Restore the newest whole checkpoint in place -> its step, 0 if the run was stopped before the first. A damaged one is
-    named, and the one before it is used."""
+    """Restore the newest whole checkpoint in place -> its step, 0 if the run was stopped before the
+    first. A damaged one is named, and the one before it is used."""
+    from safetensors import safe_open
+    found = in_first(lambda: newest_whole(folder))     # (step, tensors), in the first process
+    step = int(gather(torch.tensor([found[0] if found else 0]))[0])
+    if step == 0:
+        return 0
+    file = folder / f"{step:07d}.safetensors"
+    with safe_open(file, framework="pt") as opened:
+        facts, generators = opened.metadata(), opened.get_tensor("generator")
+        shapes = {name: opened.get_slice(f"weight.{name}").get_shape()
+                  for name, _ in policy.named_parameters() if f"weight.{name}" in opened.keys()}
+    if shapes != {name: list(w.shape) for name, w in policy.named_parameters()}:
+        raise ValueError(f"{file} is of another model than the one the run starts from now.")
+    tensors, weights, moments = found[1] if found else {}, {}, {}
+    for key, value in tensors.items():
+        kind, _, name = key.partition(".")
+        if kind == "weight":
+            weights[name] = value
+        elif kind != "generator":
+            moments.setdefault(name, {})[kind] = value
+    # The first process hands out what it has read; the others hold their own shards only.
+    scattered = StateDictOptions(full_state_dict=True, broadcast_from_rank0=world() > 1)
+    _, optimiser = get_state_dict(policy, optimizer, options=scattered)
+    optimiser["state"] = moments
+    set_state_dict(policy, optimizer, model_state_dict=weights, optim_state_dict=optimiser,
+                   options=scattered)
+    version, internal, gauss = json.loads(facts["rng"])
+    rng.setstate((version, tuple(internal), gauss))
+    if len(generators) == world():
+        generator.set_state(generators[rank()].clone())
+    elif rank() == 0:
+        print(f"the run had {len(generators)} processes and has {world()} now: it goes on with other "
+              "draws.")
+    return step
+
+
+def newest_whole(folder):
+    """(step, tensors) of the newest checkpoint that is not damaged; None where there is none yet."""
     from safetensors import SafetensorError, safe_open
     damaged = []
-    for file in sorted(Path(folder).glob("*.safetensors"), reverse=True):
+    for file in sorted(folder.glob("*.safetensors"), reverse=True):
         try:
             with safe_open(file, framework="pt") as opened:
-                facts, tensors = opened.metadata(), {name: opened.get_tensor(name) for name in opened.keys()}
+                facts = opened.metadata()
+                tensors = {name: opened.get_tensor(name) for name in opened.keys()}
             if facts.pop("digest") != digest(tensors, facts):
                 raise ValueError("its checksum is wrong")
         except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -667,34 +695,14 @@ def load_checkpoint(folder, policy, optimizer, rng, generator):
             continue
         if damaged:
             print(f"{', '.join(damaged)}; going on from {file.name}.", file=sys.stderr)
-        if len(tensors["generator"]) != world():
-            raise ValueError(f"the run has {len(tensors['generator'])} processes: it cannot go on with {world()}.")
-        if any(tensors[f"weight.{name}"].shape != w.shape for name, w in policy.named_parameters()):
-            raise ValueError(f"{file} is of another model than the one the run starts from now.")
-        for name, w in policy.named_parameters():
-            state = {key: tensors[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-            place(w.data, tensors[f"weight.{name}"])
-            optimizer.state[w] = {"step": state["step"]} | {
-                key: place(torch.zeros_like(w.data), state[key]) for key in ("exp_avg", "exp_avg_sq")}
-        version, internal, gauss = json.loads(facts["rng"])
-        rng.setstate((version, tuple(internal), gauss))
-        generator.set_state(tensors["generator"][rank()].clone())
-        return int(facts["step"])
+        return int(facts["step"]), tensors
     if damaged:
-        raise ValueError(f"'{folder}' holds no usable checkpoint: {', '.join(damaged)}. Start anew under another --name.")
-    return 0
-
-
-def place(destination, whole):
-    """Write a whole tensor into a plain or sharded one; return it."""
-    if hasattr(destination, "full_tensor"):
-        from torch.distributed.tensor import distribute_tensor
-        whole = distribute_tensor(whole.to(destination.device), destination.device_mesh, destination.placements)
-    return destination.copy_(whole)
+        raise ValueError(f"'{folder}' holds no usable checkpoint: {', '.join(damaged)}. Start anew "
+                         "under another --name.")
 
 
 def digest(tensors, facts):
-    """SHA-256 over names, shapes and bytes, and over the facts beside them: a flipped bit is noticed."""
+    """SHA-256 over names, shapes, bytes and the facts beside them: a flipped bit is noticed."""
     total = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for name in sorted(tensors):
         x = tensors[name].contiguous()
@@ -705,9 +713,10 @@ def digest(tensors, facts):
 
 def save_model(policy, tokenizer, path):
     """The trained policy as a folder that transformers opens; sharded weights are gathered first."""
-    state = {name: full(w.detach()) for name, w in policy.state_dict().items()}
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = get_model_state_dict(policy, options=options)
     if rank() == 0:
-        policy_module.save(policy, tokenizer, path, state)
+        policy_module.save(policy, tokenizer, path, weights)
 
 
 def compare(base, folder, task, problems, args, device, dtype):
@@ -776,56 +785,43 @@ def hyperparameters(loss):
 def parse(argv):
     parser = Parser(description=__doc__.split("\n")[0], add_help=False,
                     usage="python train.py --loss LOSS [flags]")
-
-    goal = parser.add_argument_group("what is optimised")
-    goal.add_argument("--loss", default="diffsmooth", help="one of: " + ", ".join(variants()))
-    goal.add_argument("--model", help="the base: a folder or hub name; without it, a tiny policy "
-                      "that is made once as runs/BASE")
-    goal.add_argument("--base", default="base", help="BASE, for a tiny policy of another task")
-    goal.add_argument("--warm-steps", type=int, default=500, help="of cross-entropy, to make it")
+    flag = parser.add_argument_group("what is optimised").add_argument
+    flag("--loss", default="diffsmooth", help="one of: " + ", ".join(variants()))
+    flag("--model", help="the base: a folder or hub name; without it, a tiny policy, made once")
+    flag("--base", default="base", help="the tiny policy's folder in --out; another for another task")
+    flag("--warm-steps", type=int, default=500, help="steps of cross-entropy that make it")
     own = parser.add_argument_group()                  # filled in below
     add_task_flags(parser)
-
-    step = parser.add_argument_group("one step")
-    step.add_argument("--prompts", type=int, default=32, help="problems a step")
-    step.add_argument("--group-size", type=int, default=16, help="answers a problem (G)")
-    step.add_argument("--temperature", type=float, default=1.0,
-                      help="of sampling, and of every log-probability")
-    step.add_argument("--dynamic-sampling", type=int, default=0,
-                      help="redraw groups that are all right or all wrong, at most this often")
-    step.add_argument("--updates", type=int, default=1,
-                      help="optimiser steps a rollout, each on its share of the prompts")
-    step.add_argument("--grad-clip", type=float, default=1.0, help="largest gradient norm")
-
-    length = parser.add_argument_group("how far and how fast")
-    length.add_argument("--steps", type=int, default=1000, help="rollouts")
-    length.add_argument("--lr", type=float, default=1e-4, help="largest learning rate")
-    length.add_argument("--warmup", type=int, default=10, help="steps in which it rises to --lr")
-    length.add_argument("--schedule", choices=["linear", "constant"], default="linear",
-                        help="then it falls to 0 at --steps, or stays")
-
-    table = parser.add_argument_group("the table at the end")
-    table.add_argument("--eval-problems", type=int, default=512,
-                       help="held-out problems; 0: no table")
-    table.add_argument("--eval-samples", type=int, default=64, help="answers to each of them")
-    table.add_argument("--eval-temperature", type=float, default=0.7, help="of these answers")
-    table.add_argument("--eval-data", help="math: measure on this file; without it, on a tenth of "
-                       "--data that is held out")
-
-    folder = parser.add_argument_group("the run")
-    folder.add_argument("--name", help="its folder is OUT/NAME; without it, the loss's name")
-    folder.add_argument("--out", default="runs", help="the folder of runs")
-    folder.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
-    folder.add_argument("--save-every", type=int, default=50, help="steps between checkpoints")
-    folder.add_argument("--show-every", type=int, default=25,
-                        help="steps between two answers shown in full")
-    folder.add_argument("--seed", type=int, default=0, help="of problems and answers")
-
-    machine = parser.add_argument_group("the machine: lower the first two when memory runs out")
-    machine.add_argument("--micro-batch", type=int, default=0,
-                         help="rows in one forward and backward; 0: all")
-    machine.add_argument("--rows", type=int, default=1024, help="answers sampled at once")
-    machine.add_argument("--device", help="cuda, cpu, mps; without it, cuda where there is one")
+    flag = parser.add_argument_group("one step").add_argument
+    flag("--prompts", type=int, default=32, help="problems a step")
+    flag("--group-size", type=int, default=16, help="answers a problem (G)")
+    flag("--temperature", type=float, default=1.0, help="of sampling, and of every log-probability")
+    flag("--dynamic-sampling", type=int, default=0,
+         help="redraw groups that are all right or all wrong, at most this often")
+    flag("--updates", type=int, default=1, help="optimiser steps a rollout, on parts of the prompts")
+    flag("--grad-clip", type=float, default=1.0, help="largest gradient norm")
+    flag = parser.add_argument_group("how far and how fast").add_argument
+    flag("--steps", type=int, default=1000, help="rollouts")
+    flag("--lr", type=float, default=1e-4, help="largest learning rate")
+    flag("--warmup", type=int, default=10, help="steps in which it rises to --lr")
+    flag("--schedule", choices=["linear", "constant"], default="linear",
+         help="then it falls to 0 at --steps, or stays")
+    flag = parser.add_argument_group("the table at the end").add_argument
+    flag("--eval-problems", type=int, default=512, help="held-out problems; 0: no table")
+    flag("--eval-samples", type=int, default=64, help="answers to each of them")
+    flag("--eval-temperature", type=float, default=0.7, help="of these answers")
+    flag("--eval-data", help="math: measure on this file, not on a held-out tenth of --data")
+    flag = parser.add_argument_group("the run").add_argument
+    flag("--name", help="its folder is OUT/NAME; without it, the loss's name")
+    flag("--out", default="runs", help="the folder of runs")
+    flag("--resume", action="store_true", help="go on from the last checkpoint")
+    flag("--save-every", type=int, default=50, help="steps between checkpoints")
+    flag("--show-every", type=int, default=25, help="steps between two answers shown in full")
+    flag("--seed", type=int, default=0, help="of problems and answers")
+    flag = parser.add_argument_group("the machine; for less memory, lower the first two").add_argument
+    flag("--micro-batch", type=int, default=0, help="rows in one forward and backward; 0: all")
+    flag("--rows", type=int, default=1024, help="answers sampled at once")
+    flag("--device", help="cuda, cpu or mps; without it, cuda where there is one")
 
     # Which loss it is decides which other flags there are.
     known, _ = parser.parse_known_args(argv)
@@ -836,8 +832,7 @@ def parse(argv):
     for name, default in options.items():
         budget = name == "max_len"                     # dr_grpo's: known once the task is
         own.add_argument(f"--{name}", type=type(default), default=None if budget else default,
-                         help="without it, that of --max-new-tokens" if budget else "a number"
-                         if not isinstance(default, str) else "a word")
+                         help="without it, --max-new-tokens" if budget else type(default).__name__)
     parser.add_argument("-h", "--help", action="help", help="show this; with --loss, its options")
     args, unknown = parser.parse_known_args(argv)
     if unknown:
