@@ -145,8 +145,7 @@ def entropy(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp
     return _aggregate(token_loss, batch.mask, agg), _stats(batch, advantages, clipped)
 
 
-# ------------------------------------------------------------------- a first reading ends here
-# Below: the other losses, then what all of them share.
+# ---------------------------- a first reading ends here; below: the other losses, what they share
 
 def reinforce(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp=None,
               baseline=0.0, beta=0.0):
