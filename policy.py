@@ -1,17 +1,19 @@
-"""What pi(y given x) is: a decoder-only transformer, and the log-probability of the tokens that it chose.
+"""What pi(y given x) is: a decoder-only transformer, and the log-probability of its tokens.
 
-One class covers Llama, Qwen2/2.5, Qwen3 and Mistral/Ministral: they are the same stack (RMSNorm, rotary positions,
-grouped-query attention, SwiGLU) with a few switches that the `transformers` config names. Parameters carry their Hugging
-Face names, so loading is a state-dict copy, and what `save` writes opens in `AutoModelForCausalLM`.
-
-Parameters are fp32 whatever the compute dtype: with bf16 weights of size 0.02 a step of 1e-6 would move only 2 % of them.
-They are cast where they are used, so bf16 lives inside matmuls only.
-
-Letters: B rows, T new tokens, S tokens seen including the new ones, D width, V vocabulary, N tokens in a flat list.
-
-    policy, tokenizer = tiny()                                  # about 1M parameters, characters as tokens
-    hidden = policy(tokens, mask)                               # (B, T), (B, T) -> (B, T, D)
+    policy, tokenizer = tiny()                         # about 1M parameters, characters as tokens
+    hidden = policy(tokens, mask)                      # (B, T), (B, T) -> (B, T, D)
     logp, entropy = token_logprobs(hidden[:, :-1], policy.head, tokens[:, 1:])
+
+One class covers Llama, Qwen2/2.5, Qwen3 and Mistral/Ministral: they are the same stack (RMSNorm,
+rotary positions, grouped-query attention, SwiGLU) with a few switches that the `transformers`
+config names. Parameters carry their Hugging Face names, so loading is a state-dict copy, and what
+`save` writes opens in `AutoModelForCausalLM`.
+
+Parameters are fp32 whatever the compute dtype: with bf16 weights of size 0.02 a step of 1e-6 would
+move only 2 % of them. They are cast where they are used, so bf16 lives inside matmuls only.
+
+Letters: B rows, T new tokens, S tokens seen including the new ones, D width, V vocabulary, N tokens
+in a flat list.
 """
 import itertools
 import json
@@ -19,12 +21,13 @@ import math
 import os
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-try:                                                   # comes with a torch that was built for CUDA; nothing needs it
+try:                           # comes with a torch that was built for CUDA; nothing else needs it
     import triton
     import triton.language as tl
 except ImportError:
@@ -32,16 +35,142 @@ except ImportError:
 
 FAMILIES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
             "mistral": "MistralForCausalLM", "ministral": "MinistralForCausalLM"}
+BUCKETS = 4                    # groups of like answer length in one forward pass of `score`
 
 
-# ----------------------------------------------------------------------------------------------------------- the model
+# --------------------------------------------------------------------------------------- the model
 
-class Linear(nn.Linear):
-    """`nn.Linear` whose fp32 weight is cast to the dtype of its input."""
+class Policy(nn.Module):
+    """A causal language model from a `transformers` config.
+
+    ValueError for an architecture that is not one of FAMILIES.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        if config.model_type not in FAMILIES:
+            raise ValueError(unsupported(config.model_type))
+        if config.hidden_act not in ("silu", "swish"):
+            raise ValueError(f"activation '{config.hidden_act}' is not supported; "
+                             "these architectures use silu.")
+        self.config = config
+        self.dtype = torch.float32                     # of the activations; parameters stay fp32
+        self.windows = sliding_windows(config)         # how far back each layer sees; None: all
+        self.stop_ids = sorted(ids_of(config.eos_token_id))    # any of these ends an answer
+        self.model = Decoder(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.register_buffer("inv_freq", inverse_frequencies(config), persistent=False)
+
+    @property
+    def head(self):
+        """(V, D), fp32: logits are hidden @ head.T."""
+        tied = self.config.tie_word_embeddings
+        return self.model.embed_tokens.weight if tied else self.lm_head.weight
+
+    @property
+    def device(self):
+        return self.model.embed_tokens.weight.device
+
+    def forward(self, tokens, mask=None, cache=None):
+        """Hidden states of the new tokens, after the last norm: what `head` reads.
+
+        tokens (B, T) int64, the new ones. mask (B, S) is 1 on real tokens among all S seen, cached
+        ones included; None says that nothing is padded. cache: a KVCache, which is extended.
+        Returns (B, T, D) in `self.dtype`. Padding may stand anywhere: positions count real tokens
+        only, and no real token sees a padded one.
+        """
+        B, T = tokens.shape
+        S = T + (cache.length if cache is not None else 0)
+        if mask is None:
+            positions = torch.arange(S - T, S, device=tokens.device)            # (T,)
+        else:
+            positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -T:]        # (B, T)
+        angles = positions[..., None, None] * self.inv_freq                # (B, T, 1, head_dim / 2)
+        rope = angles.cos().to(self.dtype), angles.sin().to(self.dtype)
+        attend = {window: allowed(mask, T, S, window, tokens.device)
+                  for window in set(self.windows)}
+        x = F.embedding(tokens, self.model.embed_tokens.weight).to(self.dtype)  # (B, T, D)
+        for layer, block in enumerate(self.model.layers):
+            x = block(x, rope, attend[self.windows[layer]], layer, cache)
+        if cache is not None:
+            cache.length = S
+        return self.model.norm(x)
+
+
+class Decoder(nn.Module):
+    """The part that Hugging Face checkpoints call `model.`: everything but the head."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Block(nn.Module):
+    """One layer: attention looks at other positions, then the MLP at its own; both are added."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x, rope, attend, layer, cache):
+        x = x + self.self_attn(self.input_layernorm(x), rope, attend, layer, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions; q/k norm for Qwen3, qkv bias for Qwen2."""
+
+    def __init__(self, config):
+        super().__init__()
+        width, self.head_dim = config.hidden_size, head_dim(config)
+        q_width = config.num_attention_heads * self.head_dim
+        kv_width = config.num_key_value_heads * self.head_dim
+        all_bias = getattr(config, "attention_bias", False)
+        qkv_bias = all_bias or config.model_type == "qwen2"
+        self.q_proj = Linear(width, q_width, bias=qkv_bias)
+        self.k_proj = Linear(width, kv_width, bias=qkv_bias)
+        self.v_proj = Linear(width, kv_width, bias=qkv_bias)
+        self.o_proj = Linear(q_width, width, bias=all_bias)
+        if config.model_type == "qwen3":
+            self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+
+    def forward(self, x, rope, attend, layer, cache):
+        """x (B, T, D); rope: cos and sin; attend: a mask or None, see `allowed` -> (B, T, D)."""
+        by_head = (-1, self.head_dim)
+        q = self.q_proj(x).unflatten(-1, by_head)                          # (B, T, heads, head_dim)
+        k = self.k_proj(x).unflatten(-1, by_head)                          # (B, T, kv_heads, ..)
+        v = self.v_proj(x).unflatten(-1, by_head).transpose(1, 2)          # (B, kv_heads, T, ..)
+        if hasattr(self, "q_norm"):
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, *rope).transpose(1, 2), rotate(k, *rope).transpose(1, 2)
+        if cache is not None:
+            k, v = cache.update(layer, k, v)                               # (B, kv_heads, S, ..)
+        causal = attend is None and x.shape[1] > 1
+        mixed = F.scaled_dot_product_attention(q, k, v, attend, is_causal=causal,
+                                               enable_gqa=q.shape[1] != k.shape[1])
+        return self.o_proj(mixed.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate x) * up x)."""
+
+    def __init__(self, config):
+        super().__init__()
+        width, inner = config.hidden_size, config.intermediate_size
+        bias = getattr(config, "mlp_bias", False)
+        self.gate_proj = Linear(width, inner, bias=bias)
+        self.up_proj = Linear(width, inner, bias=bias)
+        self.down_proj = Linear(inner, width, bias=bias)
 
     def forward(self, x):
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class RMSNorm(nn.Module):
@@ -53,22 +182,56 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight.to(x.dtype)
+        normed = F.rms_norm(x.float(), x.shape[-1:], eps=self.eps)
+        return normed.to(x.dtype) * self.weight.to(x.dtype)
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` whose fp32 weight is cast to the dtype of its input."""
+
+    def forward(self, x):
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+
+def rotate(x, cos, sin):
+    """Rotary positions: turn each pair (x_i, x_{i + head_dim/2}) by its angle.
+
+    x (B, T, heads, head_dim); cos, sin (T or B x T, 1, head_dim / 2).
+    """
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+def allowed(mask, T, S, window, device):
+    """Which of S keys each of the last T queries may read: (1 or B, 1, T, S) bool, or None where
+    plain causal attention does. mask: as in Policy.forward; window: how far back, None for all."""
+    if mask is None and (window is None or window >= S) and T in (1, S):
+        return None
+    query = torch.arange(S - T, S, device=device)[:, None]
+    key = torch.arange(S, device=device)[None]
+    ok = (key <= query)[None, None]
+    if window is not None:
+        ok = ok & (key > query - window)
+    if mask is not None:
+        ok = ok & mask.bool()[:, None, None, :]
+    return ok | (key == query)         # a padded query reads itself: no empty softmax, no NaN
 
 
 class KVCache:
     """Keys and values of the tokens read so far: per layer two tensors (B, kv_heads, S, head_dim).
 
-    It grows by concatenation, and gradients flow through it: the training forward reads a prompt once and lets all its
-    answers attend to it. The sampler reads prompts into one, and goes on with a Stepper, whose cache has room.
+    It grows by concatenation, and gradients flow through it: the training forward reads a prompt
+    once and lets all its answers attend to it. The sampler reads prompts into one, and goes on with
+    a Stepper, whose cache has room.
     """
 
     def __init__(self):
         self.keys, self.values = [], []
-        self.length = 0                                # tokens read; moved on by Policy.forward when all layers wrote
+        self.length = 0                                # tokens read by all layers: Policy.forward
 
     def update(self, layer, k, v):
-        """Add the new tokens' k, v (B, kv_heads, T, head_dim); return all keys and values (B, kv_heads, S, head_dim)."""
+        """Add the new tokens' k, v (B, kv_heads, T, head_dim); return all keys and values."""
         if layer == len(self.keys):                    # the first tokens
             self.keys.append(k)
             self.values.append(v)
@@ -86,325 +249,121 @@ class KVCache:
         return chosen
 
 
-class Attention(nn.Module):
-    """Grouped-query attention with rotary positions; q/k norm for Qwen3, qkv bias for Qwen2."""
+# ---------------------------------------------------------------- the log-probability of an answer
 
-    def __init__(self, config):
-        super().__init__()
-        width, self.head_dim = config.hidden_size, head_dim(config)
-        q_width, kv_width = (n * self.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
-        all_bias = getattr(config, "attention_bias", False)
-        qkv_bias = all_bias or config.model_type == "qwen2"
-        self.q_proj = Linear(width, q_width, bias=qkv_bias)
-        self.k_proj = Linear(width, kv_width, bias=qkv_bias)
-        self.v_proj = Linear(width, kv_width, bias=qkv_bias)
-        self.o_proj = Linear(q_width, width, bias=all_bias)
-        if config.model_type == "qwen3":
-            self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
-            self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+def score(policy, rollout, rows, group_size, temperature):
+    """log pi(y|x): log-probability and entropy of the sampled tokens of `rows` (an index tensor) of
+    a sample.Rollout -> two (len(rows), T) fp32, 0 off the mask; differentiable.
 
-    def forward(self, x, rope, attend, layer, cache):
-        T, heads = x.shape[1], (-1, self.head_dim)
-        q = self.q_proj(x).unflatten(-1, heads)                                 # (B, T, heads, head_dim)
-        k = self.k_proj(x).unflatten(-1, heads)                                 # (B, T, kv_heads, head_dim)
-        v = self.v_proj(x).unflatten(-1, heads).transpose(1, 2)
-        if hasattr(self, "q_norm"):
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, *rope).transpose(1, 2), rotate(k, *rope).transpose(1, 2)   # (B, heads, T, head_dim)
-        if cache is not None:
-            k, v = cache.update(layer, k, v)                                    # (B, kv_heads, S, head_dim)
-        causal = attend is None and T > 1
-        out = F.scaled_dot_product_attention(q, k, v, attend, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
-        return self.o_proj(out.transpose(1, 2).flatten(2))
-
-
-class MLP(nn.Module):
-    """SwiGLU: down(silu(gate x) * up x)."""
-
-    def __init__(self, config):
-        super().__init__()
-        width, inner, bias = config.hidden_size, config.intermediate_size, getattr(config, "mlp_bias", False)
-        self.gate_proj = Linear(width, inner, bias=bias)
-        self.up_proj = Linear(width, inner, bias=bias)
-        self.down_proj = Linear(inner, width, bias=bias)
-
-    def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-class Block(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
-
-    def forward(self, x, rope, attend, layer, cache):
-        x = x + self.self_attn(self.input_layernorm(x), rope, attend, layer, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
-
-
-class Decoder(nn.Module):
-    """The part that Hugging Face checkpoints call `model.`: everything but the head."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-
-class Policy(nn.Module):
-    """A causal language model from a `transformers` config; ValueError for an architecture that is not one of FAMILIES."""
-
-    def __init__(self, config):
-        super().__init__()
-        if config.model_type not in FAMILIES:
-            raise ValueError(f"model type '{config.model_type}' is not supported; these are: {', '.join(FAMILIES)}.")
-        if config.hidden_act not in ("silu", "swish"):
-            raise ValueError(f"activation '{config.hidden_act}' is not supported; these architectures use silu.")
-        self.config = config
-        self.dtype = torch.float32                     # of the activations; the parameters stay fp32
-        self.windows = sliding_windows(config)         # per layer: how far back it sees, None for everything
-        self.stop_ids = sorted(ids_of(config.eos_token_id))   # any of these ends an answer
-        self.model = Decoder(config)
-        if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.register_buffer("inv_freq", inverse_frequencies(config), persistent=False)
-
-    @property
-    def head(self):
-        """(V, D), fp32: logits are hidden @ head.T."""
-        return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
-
-    @property
-    def device(self):
-        return self.model.embed_tokens.weight.device
-
-    def new_cache(self):
-        """An empty KVCache, for those who are handed a policy and import nothing."""
-        return KVCache()
-
-    def stepper(self, cache, mask, room):
-        """A Stepper that goes on from prompts read into `cache`: for those who sample, and import nothing."""
-        return Stepper(self, cache, mask, room)
-
-    def forward(self, tokens, mask=None, cache=None):
-        """Hidden states of the new tokens, after the last norm: what `head` reads.
-
-        tokens (B, T) int64, the new ones. mask (B, S) is 1 on real tokens among all S seen, cached ones included; None
-        says that nothing is padded. cache: a KVCache, which is extended. Returns (B, T, D) in `self.dtype`.
-        Padding may stand anywhere: positions count real tokens only, and no real token sees a padded one.
-        """
-        B, T = tokens.shape
-        seen = T + (cache.length if cache is not None else 0)                   # S
-        if mask is None:
-            positions = torch.arange(seen - T, seen, device=tokens.device)      # (T,)
-        else:
-            positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -T:]        # (B, T)
-        angles = positions[..., None, None] * self.inv_freq                     # (B, T, 1, head_dim / 2)
-        rope = angles.cos().to(self.dtype), angles.sin().to(self.dtype)
-        attend = {window: allowed(mask, T, seen, window, tokens.device) for window in set(self.windows)}
-        x = F.embedding(tokens, self.model.embed_tokens.weight).to(self.dtype)  # (B, T, D)
-        for layer, block in enumerate(self.model.layers):
-            x = block(x, rope, attend[self.windows[layer]], layer, cache)
-        if cache is not None:
-            cache.length = seen
-        return self.model.norm(x)
-
-
-def head_dim(config):
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-def ids_of(value):
-    """The token ids in a config entry, which may be None, one id, or a list."""
-    return set() if value is None else {value} if isinstance(value, int) else set(value)
-
-
-def sliding_windows(config):
-    """How many tokens back each layer sees (itself included); None means all of them."""
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
-    if kinds is None:                                  # Mistral: one window for all layers; Llama: none
-        return [window] * config.num_hidden_layers
-    return [window if kind == "sliding_attention" else None for kind in kinds]
-
-
-def inverse_frequencies(config):
-    """Rotary frequencies (head_dim / 2,): theta^(-2i / head_dim), stretched for Llama 3.1's longer context."""
-    rope, dim = config.rope_parameters, head_dim(config)
-    freq = 1.0 / rope["rope_theta"] ** (torch.arange(0, dim, 2, device="cpu").float() / dim)
-    if rope["rope_type"] == "default":
-        return freq
-    if rope["rope_type"] != "llama3":
-        raise ValueError(f"rope scaling '{rope['rope_type']}' is not supported; these are: default, llama3.")
-    # Llama 3.1: long wavelengths are divided by `factor`, short ones kept, those between blended linearly.
-    turns = rope["original_max_position_embeddings"] * freq / (2 * math.pi)
-    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-    keep = ((turns - low) / (high - low)).clamp(0, 1)
-    return keep * freq + (1 - keep) * freq / rope["factor"]
-
-
-def rotate(x, cos, sin):
-    """Rotary positions: turn each pair (x_i, x_{i + head_dim/2}) by its angle. x (B, T, heads, head_dim)."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
-
-
-def allowed(mask, T, S, window, device):
-    """Which of S keys each of the last T queries may read, (1 or B, 1, T, S) bool; None where plain causal does."""
-    if mask is None and (window is None or window >= S) and T in (1, S):
-        return None
-    query = torch.arange(S - T, S, device=device)[:, None]
-    key = torch.arange(S, device=device)[None]
-    ok = (key <= query)[None, None]
-    if window is not None:
-        ok = ok & (key > query - window)
-    if mask is not None:
-        ok = ok & mask.bool()[:, None, None, :]
-    return ok | (key == query)                         # a padded query reads itself: no empty softmax, no NaN
-
-
-class Stepper:
-    """`Policy.forward` for one token a row, on plain tensors: where sampling spends its time.
-
-    The same mathematics in fewer operations: q, k and v are one product, gate and up another; a norm's weight is folded
-    into the matrix that reads it, a residual is added by the product before it, and the query heads that share a key
-    head are the rows of one small product. The weights are copies: a Stepper serves one `sample` call.
+    By definition one forward pass of each prompt with its answer. Here each prompt is read once,
+    and the answers of its group attend to its keys and values; an answer that was given several
+    times is read once, too. Answers go through the model in buckets of like length, so that little
+    padding is computed, and padding never reaches the head.
     """
+    # The prompts of these rows, each once; asked (rows,) says which of them a row answers.
+    group, asked = torch.unique(rows // group_size, return_inverse=True)
+    P, first = rollout.prompt_mask.shape[1], group * group_size             # a row of each group
+    prompt, prompt_mask = rollout.tokens[first, :P], rollout.prompt_mask[first]
+    padded, cache = not prompt_mask.all(), KVCache()
+    last = policy(prompt, prompt_mask if padded else None, cache)[:, -1]    # (prompts, D)
 
-    def __init__(self, policy, cache, mask, room):
-        """Each row goes on from a prompt in `cache`, `room` tokens at most; `keep` repeats rows. mask (prompts, P) bool."""
-        config, dtype, device, S = policy.config, policy.dtype, policy.device, cache.length + room
-        self.eps, self.dtype, self.head_dim = config.rms_norm_eps, dtype, head_dim(config)
-        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.windows = [None if window is None or window >= S else window for window in policy.windows]
-        self.embedding, self.norm = policy.model.embed_tokens.weight, policy.model.norm
-        self.head = policy.head if policy.device.type != "cuda" else policy.head.to(dtype)
-        self.layers = [fused(block, dtype) for block in policy.model.layers]
-        with_room = lambda x: F.pad(x, (0, 0, 0, room)).flatten(0, 1)
-        self.keys, self.values = ([with_room(x) for x in xs] for xs in (cache.keys, cache.values))  # (B kv, S, head_dim)
-        angles = torch.arange(S, device=device)[:, None] * policy.inv_freq                     # (S, head_dim / 2)
-        self.cos = torch.cat([angles.cos(), angles.cos()], dim=1).to(dtype)                         # (S, head_dim)
-        self.sin = torch.cat([-angles.sin(), angles.sin()], dim=1).to(dtype)
-        # What is added to the attention scores: -inf hides padding and slots not yet written.
-        seen = F.pad(mask, (0, room), value=False)[:, None]                                         # (B, 1, S)
-        self.bias = torch.where(seen, 0.0, -math.inf).to(dtype).repeat_interleave(self.kv_heads, 0)     # (B kv, 1, S)
-        self.padding = (~mask).sum(1)                                           # (B,): positions count real tokens only
-        self.slot = torch.tensor([cache.length], device=device)            # where the next token's keys go
+    # The different answers, each once; answer_of (rows,) says which one a row gave.
+    given = torch.where(rollout.mask[rows], rollout.response[rows], -1)     # (rows, T)
+    given = torch.cat([asked[:, None], given], dim=1).cpu()    # not every device can compare rows
+    given, answer_of = torch.unique(given, dim=0, return_inverse=True)
+    given, answer_of = given.to(rows.device), answer_of.to(rows.device)
+    prompt_of, response, mask = given[:, 0], given[:, 1:].clamp(min=0), given[:, 1:] >= 0
 
-    def step(self, token, span):
-        """Read one token a row, (B,), looking at the first `span` slots -> hidden (B, D), what the head reads."""
-        B, H, KV, size = len(token), self.heads, self.kv_heads, self.head_dim
-        position = self.slot - self.padding                                     # (B,)
-        cos, sin = self.cos[position][:, None], self.sin[position][:, None]     # (B, 1, head_dim)
-        self.bias.index_fill_(2, self.slot, 0.0)
-        x = F.embedding(token, self.embedding).to(self.dtype)                   # (B, D)
-        for layer, keys, values, window in zip(self.layers, self.keys, self.values, self.windows):
-            (qkv, qkv_bias), qk_norm, (out, out_bias), (gate_up, gate_up_bias), (down, down_bias) = layer
-            heads = F.linear(F.rms_norm(x, x.shape[-1:], eps=self.eps), qkv, qkv_bias).view(B, H + 2 * KV, size)
-            qk, v = heads.split([H + KV, KV], dim=1)                            # (B, H + KV, head_dim), (B, KV, ..)
-            if qk_norm is not None:
-                qk = F.rms_norm(qk, (size,), eps=self.eps) * qk_norm
-            qk = (qk * cos).addcmul_(qk.roll(size // 2, dims=-1), sin)          # `rotate` in three operations
-            q, k = qk.split([H, KV], dim=1)
-            keys.index_copy_(1, self.slot, k.reshape(-1, 1, size))
-            values.index_copy_(1, self.slot, v.reshape(-1, 1, size))
-            near = slice(0 if window is None else max(0, span - window), span)
-            q = q.reshape(B * KV, H // KV, size)                                # heads that share a key head: rows
-            scores = torch.baddbmm(self.bias[:, :, near], q, keys[:, near].mT, alpha=size ** -0.5)    # (.., .., near)
-            mixed = torch.bmm(scores.softmax(-1), values[:, near]).view(B, H * size)
-            x = torch.addmm(x if out_bias is None else x + out_bias, mixed, out.T)
-            gate, up = F.linear(F.rms_norm(x, x.shape[-1:], eps=self.eps), gate_up, gate_up_bias).chunk(2, dim=-1)
-            x = torch.addmm(x if down_bias is None else x + down_bias, F.silu(gate).mul_(up), down.T)
-        self.slot.add_(1)
-        return self.norm(x)
-
-    def logits(self, hidden, temperature):
-        """hidden (B, D) -> (B, V) at `temperature`, made as `token_logprobs` makes them."""
-        return logits_of(*operands(hidden, self.head), temperature)
-
-    def keep(self, rows):
-        """Go on with these rows only, any of them once or more."""
-        if torch.equal(rows, torch.arange(len(self.padding), device=rows.device)):
-            return
-        def grouped(x):                                # (B kv, ...) -> (len(rows) kv, ...)
-            return x.view(-1, self.kv_heads, *x.shape[1:]).index_select(0, rows).flatten(0, 1)
-        self.keys, self.values = ([grouped(x) for x in xs] for xs in (self.keys, self.values))
-        self.bias, self.padding = grouped(self.bias), self.padding[rows]
-
-
-def fused(block, dtype):
-    """One block's weights as a Stepper reads them: four (weight, bias) pairs, and the norm of q and k or None."""
-    def join(*linears, norm=None):
-        weight = torch.cat([linear.weight for linear in linears])               # (sum of outputs, inputs)
-        bias = None if linears[0].bias is None else torch.cat([linear.bias for linear in linears]).to(dtype)
-        return (weight if norm is None else weight * norm.weight).to(dtype), bias
-    attention, mlp, qk_norm = block.self_attn, block.mlp, None
-    if hasattr(attention, "q_norm"):                                            # (heads + kv_heads, head_dim)
-        repeat = lambda norm, linear: norm.weight.expand(linear.weight.shape[0] // attention.head_dim, -1)
-        pairs = (attention.q_norm, attention.q_proj), (attention.k_norm, attention.k_proj)
-        qk_norm = torch.cat([repeat(*pair) for pair in pairs]).to(dtype)
-    return (join(attention.q_proj, attention.k_proj, attention.v_proj, norm=block.input_layernorm), qk_norm,
-            join(attention.o_proj),
-            join(mlp.gate_proj, mlp.up_proj, norm=block.post_attention_layernorm), join(mlp.down_proj))
-
-
-# ------------------------------------------------------------------------------------------- log-probability of a token
-
-# Per device: logits up to the first number of bytes are kept for the backward pass, larger ones are computed again.
-# They are made a tile at a time; a tile has the second number of bytes (a CPU's cache) and at least the third of rows.
-MEMORY = {"cpu": (256 << 20, 1 << 20, 512), "cuda": (4 << 30, 256 << 20, 8192)}
+    hidden, target, position = [], [], []
+    # As many buckets however many answers are alike: sharded processes must forward equally often.
+    buckets = mask.sum(1).argsort(descending=True).tensor_split(min(BUCKETS, len(rows)))
+    for bucket in buckets:                             # indices of answers, the longest first
+        longest = int(mask[bucket].any(0).sum())
+        fed = response[bucket, :max(1, longest - 1)]   # the last token is only predicted
+        prompts = prompt_of[bucket]
+        seen = F.pad(prompt_mask[prompts], (0, fed.shape[1]), value=True) if padded else None
+        later = policy(fed, seen, cache.select(prompts))[:, :longest - 1]
+        # The prompt's last hidden state predicts the first token, an answer's own the others.
+        predicting = torch.cat([last[prompts, None], later], dim=1)         # (.., longest, D)
+        row, column = mask[bucket, :longest].nonzero(as_tuple=True)
+        hidden.append(predicting[row, column])                              # (tokens, D)
+        target.append(response[bucket[row], column])
+        position.append(torch.stack([bucket[row], column]))
+    row, column = torch.cat(position, dim=1)
+    flat = token_logprobs(torch.cat(hidden), policy.head, torch.cat(target), temperature)
+    empty = torch.zeros(mask.shape, device=rows.device)
+    return [empty.index_put((row, column), values)[answer_of] for values in flat]
 
 
 def token_logprobs(hidden, weight, targets, temperature=1.0):
-    """log pi(target) and the entropy of the whole next-token distribution, at the sampling temperature.
+    """log pi(target) and the entropy of the whole next-token distribution, at `temperature`.
 
-    hidden (..., D); weight (V, D) fp32; targets (...) int64. Returns logp (...) and entropy (...), fp32 (float64 for
-    float64 hidden), differentiable in both. By definition
+    hidden (..., D); weight (V, D) fp32; targets (...) int64. Returns logp (...) and entropy (...),
+    fp32 (float64 for float64 hidden), differentiable in both. By definition
 
         logits = hidden @ weight.T / temperature
-        logp, entropy = log_softmax(logits)[targets], -(softmax(logits) * log_softmax(logits)).sum(-1)
+        logp = log_softmax(logits)[targets]
+        entropy = -(softmax(logits) * log_softmax(logits)).sum(-1)
 
     computed here tile by tile, so that the logits never take more memory than MEMORY allows.
     """
-    shape, hidden, targets = targets.shape, hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-    keep = torch.is_grad_enabled() and len(targets) * len(weight) * 4 <= memory(hidden.device)[0]
-    logp, entropy = TokenLogprobs.apply(hidden, weight, targets, temperature, keep)
+    shape, targets = targets.shape, targets.reshape(-1)
+    hidden = hidden.reshape(-1, hidden.shape[-1])
+    fits = len(targets) * len(weight) * 4 <= memory(hidden.device).kept
+    keep_logits = torch.is_grad_enabled() and fits
+    logp, entropy = TokenLogprobs.apply(hidden, weight, targets, temperature, keep_logits)
     return logp.view(shape), entropy.view(shape)
 
 
-class TokenLogprobs(torch.autograd.Function):
-    """The softmax's own gradient, written out. With P = softmax(x), H its entropy, g and e the upstream gradients:
+# --------------------------- a first reading ends here; below: the same tile by tile, files, `tiny`
 
-        d logp / d x = onehot(target) - P            dx = g onehot(target) - P (g + e (log P + H))
-        d H / d x = -P (log P + H)                   d hidden = dx W / temperature, d weight = dx^T hidden / temperature
+class Memory(NamedTuple):
+    """How many bytes of logits a device may hold at a time."""
+    kept: int                  # up to so many stay for the backward pass; more are computed again
+    tile: int                  # they are made a tile of this size at a time: a CPU's cache,
+    rows: int                  # but of at least so many rows
+
+
+MEMORY = {"cpu": Memory(256 << 20, 1 << 20, 512), "cuda": Memory(4 << 30, 256 << 20, 8192)}
+
+
+def memory(device):
+    return MEMORY["cuda" if device.type == "cuda" else "cpu"]
+
+
+class TokenLogprobs(torch.autograd.Function):
+    """The softmax's own gradient, written out. With P = softmax(x), H its entropy, g and e the
+    upstream gradients of the two results:
+
+        d logp / d x = onehot(target) - P             dx = g onehot(target) - P (g + e (log P + H))
+        d H / d x = -P (log P + H)                    d hidden = dx W / temperature
+                                                      d weight = dx^T hidden / temperature
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, keep):
-        h, w = operands(hidden, weight)                                         # (N, D), (V, D)
+    def forward(ctx, hidden, weight, targets, temperature, keep_logits):
+        h, w = operands(hidden, weight)                                     # (N, D), (V, D)
         full = torch.promote_types(h.dtype, torch.float32)
-        lse = torch.full(targets.shape, torch.finfo(full).min, dtype=full, device=h.device)    # (N,) of no logits yet
+        nothing = torch.finfo(full).min                # the log-sum-exp of no logits yet
+        lse = torch.full(targets.shape, nothing, dtype=full, device=h.device)   # (N,)
         chosen, entropy = torch.zeros_like(lse), torch.zeros_like(lse)
         kept = []
         for rows, part in tiles(len(h), len(w), h.device):
-            x = logits_of(h[rows], w[part], temperature)                        # (rows, part)
+            x = logits_of(h[rows], w[part], temperature)                    # (rows, part)
             column, inside = column_in(part, targets[rows])
             chosen[rows] = torch.where(inside, x.gather(1, column)[:, 0], chosen[rows])
-            # The parts of a distribution joined: weights from their lse, entropies by the chain rule.
-            more, more_entropy = fold(x)
+            # The parts of a distribution joined: weights from their log-sum-exp, entropies by the
+            # chain rule.
+            more, more_entropy = lse_entropy(x)
             total = torch.logaddexp(lse[rows], more)
-            a, b = total - lse[rows], total - more                              # -log of each part's share
+            a, b = total - lse[rows], total - more     # -log of each part's share
             entropy[rows] = (-a).exp() * (entropy[rows] + a) + (-b).exp() * (more_entropy + b)
             lse[rows] = total
-            if keep:
+            if keep_logits:
                 kept.append(x)
         ctx.save_for_backward(hidden, weight, targets, lse, entropy)
         ctx.kept, ctx.temperature = kept, temperature
-        ctx.set_materialize_grads(False)               # an output that no loss uses then costs nothing
+        ctx.set_materialize_grads(False)               # an output that no loss uses costs nothing
         return chosen - lse, entropy
 
     @staticmethod
@@ -415,40 +374,39 @@ class TokenLogprobs(torch.autograd.Function):
         dh = torch.zeros_like(h, dtype=lse.dtype) if ctx.needs_input_grad[0] else None
         dw = torch.zeros_like(w, dtype=lse.dtype) if ctx.needs_input_grad[1] else None
         g = torch.zeros_like(lse) if g is None else g
-        kept, ctx.kept = ctx.kept[::-1], []            # tiles are overwritten: a second backward computes them again
-        for rows, part in tiles(len(h), len(w), h.device):
+        kept, ctx.kept = ctx.kept[::-1], []            # tiles are overwritten: a second backward
+        for rows, part in tiles(len(h), len(w), h.device):     # computes them again
             x = kept.pop() if kept else logits_of(h[rows], w[part], ctx.temperature)
-            upstream = g[rows], None if e is None else e[rows]
-            dx = unfold(x, targets[rows], part, lse[rows], entropy[rows], *upstream, h.dtype)
+            facts = targets[rows], part, lse[rows], entropy[rows]
+            dx = logit_gradient(x, *facts, g[rows], None if e is None else e[rows], h.dtype)
             if dh is not None:
                 add_product(dh[rows], dx, w[part], ctx.temperature)
             if dw is not None:
                 add_product(dw[part], dx.T, h[rows], ctx.temperature)
-        return dh, dw, None, None, None                # autograd casts them to the dtypes of the inputs
-
-
-def memory(device):
-    return MEMORY["cuda" if device.type == "cuda" else "cpu"]
+        return dh, dw, None, None, None                # autograd casts them to the inputs' dtypes
 
 
 def tiles(N, V, device):
-    """(N, V) cut into pieces (slice of rows, slice of the vocabulary), of whole rows where enough of them fit."""
-    _, size, least = memory(device)
-    rows = max(1, min(N, max(least, size // (4 * V))))
-    width = max(1, size // (4 * rows))
-    cut = lambda length, step: [slice(i, min(length, i + step)) for i in range(0, length, step)]
-    return itertools.product(cut(N, rows), cut(V, width))
+    """(N, V) cut into pieces (slice of rows, slice of the vocabulary), of whole rows where enough
+    of them fit."""
+    limit = memory(device)
+    rows = max(1, min(N, max(limit.rows, limit.tile // (4 * V))))
+    width = max(1, limit.tile // (4 * rows))
+    return itertools.product([slice(i, min(N, i + rows)) for i in range(0, N, rows)],
+                             [slice(i, min(V, i + width)) for i in range(0, V, width)])
 
 
 def operands(hidden, weight):
-    """What the matrix products read: bf16 as it comes on a GPU, at least fp32 elsewhere; `weight` in the same dtype."""
+    """What the matrix products read: bf16 as it comes on a GPU, at least fp32 elsewhere; `weight`
+    in the same dtype."""
     if hidden.device.type != "cuda":
         hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
     return hidden, weight.to(hidden.dtype)
 
 
 def logits_of(h, w, temperature):
-    """h @ w.T / temperature; bf16 operands give fp32 logits: rounding them would shift every log-probability."""
+    """h @ w.T / temperature. bf16 operands give fp32 logits: rounding those would shift every
+    log-probability."""
     if h.dtype in (torch.float32, torch.float64):
         return torch.addmm(h.new_empty(1), h, w.T, beta=0, alpha=1 / temperature)
     x = torch.mm(h, w.T, out_dtype=torch.float32)
@@ -464,26 +422,28 @@ def add_product(total, a, b, temperature):
 
 
 def column_in(part, targets):
-    """Each target's column in a slice of the vocabulary (rows, 1), 0 where it lies outside; and whether it is inside."""
+    """Each target's column in a slice of the vocabulary (rows, 1), 0 where it lies outside; and
+    whether it is inside."""
     inside = (targets >= part.start) & (targets < part.stop)
     return torch.where(inside, targets - part.start, 0)[:, None], inside
 
 
-def fold(x):
+def lse_entropy(x):
     """Log-sum-exp and entropy of each row of x (rows, part), which stays as it is."""
     if triton and x.is_cuda and x.dtype == torch.float32:
-        return fold_on_gpu(x)
+        return lse_entropy_on_gpu(x)
     top = x.amax(1, keepdim=True)
-    below = x - top                                    # entropy from these: no difference of large numbers
-    p = below.exp()
+    below = x - top                                    # entropy from these: no difference of large
+    p = below.exp()                                    # numbers
     total = p.sum(1)
     return top[:, 0] + total.log(), total.log() - below.mul_(p).sum(1) / total
 
 
-def unfold(x, targets, part, lse, entropy, g, e, dtype):
-    """The gradient in the logits, g onehot - P (g + e (log P + H)), in `dtype`; written over x where it can be."""
+def logit_gradient(x, targets, part, lse, entropy, g, e, dtype):
+    """The gradient in the logits, g onehot - P (g + e (log P + H)), in `dtype`; written over x
+    where it can be."""
     if triton and x.is_cuda and x.dtype == torch.float32:
-        return unfold_on_gpu(x, targets - part.start, lse, entropy, g, e, dtype)
+        return logit_gradient_on_gpu(x, targets - part.start, lse, entropy, g, e, dtype)
     x.sub_(lse[:, None])                               # log P
     if e is None:
         x.exp_().mul_(-g[:, None])
@@ -494,13 +454,14 @@ def unfold(x, targets, part, lse, entropy, g, e, dtype):
     return x.scatter_add_(1, column, torch.where(inside, g, 0)[:, None]).to(dtype)
 
 
-# The same two on a GPU, one pass over the tile each. A row is one program (on grid x, which alone goes beyond 65,535),
-# row offsets are int64: 16,384 rows x 152k is over 2^31.
+# The same two on a GPU, one pass over the tile each. A row is one program (on grid x, which alone
+# goes beyond 65,535); row offsets are int64, because 16,384 rows x 152k is over 2^31.
 if triton:
     @triton.jit
-    def fold_kernel(x, lse, entropy, V, BLOCK: tl.constexpr):
+    def lse_entropy_kernel(x, lse, entropy, V, BLOCK: tl.constexpr):
         row = tl.program_id(0).to(tl.int64)
-        top, total, mean = -1e30, 0.0, 0.0             # of x; sum of exp(x - top); sum of (x - top) exp(x - top)
+        # The largest x; sum of exp(x - top); sum of (x - top) exp(x - top).
+        top, total, mean = -1e30, 0.0, 0.0
         for start in range(0, V, BLOCK):
             column = start + tl.arange(0, BLOCK)
             value = tl.load(x + row * V + column, column < V, -1e30)
@@ -515,7 +476,8 @@ if triton:
         tl.store(entropy + row, tl.log(total) - mean / total)
 
     @triton.jit
-    def unfold_kernel(x, dx, target, lse, entropy, g, e, V, ENTROPY: tl.constexpr, BLOCK: tl.constexpr):
+    def logit_gradient_kernel(x, dx, target, lse, entropy, g, e, V,
+                              ENTROPY: tl.constexpr, BLOCK: tl.constexpr):
         row = tl.program_id(0).to(tl.int64)
         column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         log_p = tl.load(x + row * V + column, column < V, 0.0) - tl.load(lse + row)
@@ -523,63 +485,143 @@ if triton:
         factor = upstream
         if ENTROPY:
             factor += tl.load(e + row) * (log_p + tl.load(entropy + row))
-        value = tl.where(column == tl.load(target + row), upstream, 0.0) - tl.exp(log_p) * factor
+        onehot = tl.where(column == tl.load(target + row), upstream, 0.0)
+        value = onehot - tl.exp(log_p) * factor
         tl.store(dx + row * V + column, value.to(dx.dtype.element_ty), column < V)
 
 
-def fold_on_gpu(x):
+def lse_entropy_on_gpu(x):
     lse, entropy = x.new_empty(2, len(x))
-    fold_kernel[(len(x),)](x, lse, entropy, x.shape[1], BLOCK=4096, num_warps=8)
+    lse_entropy_kernel[(len(x),)](x, lse, entropy, x.shape[1], BLOCK=4096, num_warps=8)
     return lse, entropy
 
 
-def unfold_on_gpu(x, target, lse, entropy, g, e, dtype):
+def logit_gradient_on_gpu(x, target, lse, entropy, g, e, dtype):
     dx = torch.empty_like(x, dtype=dtype)
+    upstream = g.contiguous(), (g if e is None else e).contiguous()
     grid = len(x), triton.cdiv(x.shape[1], 4096)
-    unfold_kernel[grid](x, dx, target, lse, entropy, g.contiguous(), (g if e is None else e).contiguous(), x.shape[1],
-                        ENTROPY=e is not None, BLOCK=4096, num_warps=8)
+    logit_gradient_kernel[grid](x, dx, target, lse, entropy, *upstream, x.shape[1],
+                                ENTROPY=e is not None, BLOCK=4096, num_warps=8)
     return dx
 
 
-# ---------------------------------------------------------------------------------------------------------- checkpoints
+# ------------------------------------------------------------------------------ what a config says
 
-def load(name_or_path, device="cpu", dtype=torch.float32):
+def unsupported(model_type):
+    return f"model type '{model_type}' is not supported; these are: {', '.join(FAMILIES)}."
+
+
+def head_dim(config):
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def ids_of(value):
+    """The token ids in a config entry, which may be None, one id, or a list."""
+    return set() if value is None else {value} if isinstance(value, int) else set(value)
+
+
+def sliding_windows(config):
+    """How many tokens back each layer sees (itself included); None means all of them."""
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:                                  # Mistral: one window for all layers
+        return [window] * config.num_hidden_layers
+    return [window if kind == "sliding_attention" else None for kind in kinds]
+
+
+def inverse_frequencies(config):
+    """Rotary frequencies (head_dim / 2,): theta^(-2i / head_dim), stretched for the longer context
+    of Llama 3.1."""
+    rope, dim = config.rope_parameters, head_dim(config)
+    freq = 1.0 / rope["rope_theta"] ** (torch.arange(0, dim, 2, device="cpu").float() / dim)
+    if rope["rope_type"] == "default":
+        return freq
+    if rope["rope_type"] != "llama3":
+        raise ValueError(f"rope scaling '{rope['rope_type']}' is not supported; "
+                         "these are: default, llama3.")
+    # Long wavelengths are divided by `factor`, short ones kept, those between blended linearly.
+    turns = rope["original_max_position_embeddings"] * freq / (2 * math.pi)
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    unchanged = ((turns - low) / (high - low)).clamp(0, 1)
+    return unchanged * freq + (1 - unchanged) * freq / rope["factor"]
+
+
+# ------------------------------------------------------------------------------------- checkpoints
+
+def load(name_or_path, device="cpu", dtype=torch.float32, stop=()):
     """A folder, or a name on the Hugging Face hub -> (policy, tokenizer).
 
-    Parameters become fp32; `dtype` is that of the activations (bf16 on a GPU). Nothing but safetensors is read, and no
-    code that comes with a checkpoint is run. ValueError, in one sentence, for a missing or damaged checkpoint, for an
-    architecture that is not one of FAMILIES, and for weights that are missing or of another shape.
+    Parameters become fp32; `dtype` is that of the activations (bf16 on a GPU). stop: tokens (as
+    text) that end an answer beside those that the checkpoint names. Nothing but safetensors is
+    read, and no code that comes with a checkpoint is run. ValueError, in one sentence, for a
+    missing or damaged checkpoint, for an architecture that is not one of FAMILIES, and for weights
+    that are missing or of another shape.
     """
-    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+    from transformers import AutoConfig
     folder = Path(name_or_path)
     if not folder.is_dir():
         folder = download(str(name_or_path))
-    described, generation = folder / "config.json", folder / "generation_config.json"
+    described = folder / "config.json"
     if not described.is_file():
         raise ValueError(f"'{name_or_path}' is not a model folder: it has no config.json.")
-    model_type = read(described, lambda: json.loads(described.read_text())["model_type"])
-    if model_type not in FAMILIES:                     # before transformers has an opinion of its own
-        raise ValueError(f"model type '{model_type}' is not supported; these are: {', '.join(FAMILIES)}.")
+    model_type = read(described, lambda: json.loads(described.read_bytes())["model_type"])
+    if model_type not in FAMILIES:                     # before transformers gives its own opinion
+        raise ValueError(unsupported(model_type))
     config = read(described, lambda: AutoConfig.from_pretrained(folder, trust_remote_code=False))
     if getattr(config, "quantization_config", None):
-        raise ValueError(f"'{name_or_path}' is quantised; only fp32, bf16 and fp16 weights can be trained here.")
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise ValueError(f"'{name_or_path}' has no tokenizer; transformers would make up an empty one.")
-    tokenizer = read(f"the tokenizer in {folder}", lambda: AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
+        raise ValueError(f"'{name_or_path}' is quantised; only fp32, bf16 and fp16 weights can be "
+                         "trained here.")
+    tokenizer = load_tokenizer(folder)
     if len(tokenizer) > config.vocab_size:
-        raise ValueError(f"'{name_or_path}' is mixed up: its tokenizer has {len(tokenizer)} tokens, but its config says that "
-                         f"the model knows {config.vocab_size}.")
+        raise ValueError(f"'{name_or_path}' is mixed up: its tokenizer has {len(tokenizer)} "
+                         f"tokens, but its config says that the model knows {config.vocab_size}.")
     with torch.device("meta"):
         policy = Policy(config)
     policy.load_state_dict(read_weights(folder, policy.state_dict(), device), assign=True)
     policy.dtype = dtype
-    stops = set(policy.stop_ids) | ids_of(tokenizer.eos_token_id)
-    if generation.is_file():                           # chat models name their end-of-turn tokens here
-        stops |= ids_of(read(generation, lambda: GenerationConfig.from_pretrained(folder)).eos_token_id)
-    policy.stop_ids = sorted(stops)
-    if tokenizer.pad_token is None:                    # masks come from positions, so padding may be any token
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    policy.stop_ids = sorted(ids_of(config.eos_token_id) | stop_tokens(folder, tokenizer, stop))
     return policy.to(device), tokenizer
+
+
+def load_tokenizer(folder):
+    """The tokenizer of a checkpoint's folder, with a pad token in any case."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    files = [folder / name for name in ("tokenizer.json", "tokenizer.model", "vocab.json")]
+    if not any(file.is_file() for file in files):
+        raise ValueError(f"'{folder}' has no tokenizer; transformers would make up an empty one.")
+    # AutoTokenizer rebuilds some tokenizers from their vocabulary alone, and then text becomes
+    # other ids than the model was trained on. The plain class takes tokenizer.json as it is.
+    kind = PreTrainedTokenizerFast if files[0].is_file() else AutoTokenizer
+    tokenizer = read(f"the tokenizer in {folder}",
+                     lambda: kind.from_pretrained(folder, trust_remote_code=False))
+    if tokenizer.pad_token is None:                    # masks come from positions: any will do
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    return tokenizer
+
+
+def stop_tokens(folder, tokenizer, more):
+    """The ids that end an answer: those that the tokenizer and generation_config.json name, the one
+    that ends a turn of the chat template, and `more` tokens, given as text."""
+    from transformers import GenerationConfig
+    found, generation = ids_of(tokenizer.eos_token_id), folder / "generation_config.json"
+    if generation.is_file():
+        named = read(generation, lambda: GenerationConfig.from_pretrained(folder))
+        found |= ids_of(named.eos_token_id)
+    for token in more:
+        ids = tokenizer(token, add_special_tokens=False).input_ids
+        if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
+            raise ValueError(f"'{token}' cannot end an answer: it is not one token of '{folder}'.")
+        found |= set(ids)
+    # A base model may have the template of its chat sibling and name another token as its last:
+    # what the template writes behind an answer ends it, if it is a token of its own, no mere text.
+    try:
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "an-answer"}]
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+    except Exception:                                  # no template; or sample.chat says what it is
+        return found
+    behind = text.rpartition("an-answer")[2].strip()
+    ids = tokenizer(behind, add_special_tokens=False).input_ids[:1]
+    return found | (set(ids) & tokenizer.added_tokens_decoder.keys())
 
 
 def read(what, reader):
@@ -592,22 +634,27 @@ def read(what, reader):
 
 
 def read_weights(folder, wanted, device):
-    """{name: fp32 tensor} for the names and shapes in `wanted`, from model.safetensors or from the files of its index."""
+    """{name: fp32 tensor} for the names and shapes in `wanted`, from model.safetensors or from the
+    files of its index."""
     from safetensors import SafetensorError, safe_open
     files, index = [folder / "model.safetensors"], folder / "model.safetensors.index.json"
     if index.is_file() and not files[0].is_file():
-        names = read(index, lambda: set(json.loads(index.read_text())["weight_map"].values()))
+        names = read(index, lambda: set(json.loads(index.read_bytes())["weight_map"].values()))
         files = sorted(folder / name for name in names)
     found = {}
     for file in files:
         if not file.is_file():
-            raise ValueError(f"'{file}' is missing; weights in any other form than safetensors (.bin, .pth) are never read.")
+            raise ValueError(f"'{file}' is missing; weights in any other form than safetensors "
+                             "(.bin, .pth) are never read.")
         try:
             with safe_open(file, framework="pt", device=str(device)) as tensors:
-                for name in wanted.keys() & tensors.keys():    # a tied checkpoint may carry a copy of its head: left out
+                for name in {*wanted, "lm_head.weight"}.intersection(tensors.keys()):
                     found[name] = tensors.get_tensor(name).float()
         except SafetensorError as error:
             raise ValueError(f"'{file}' is damaged ({error}); copy or download it again.")
+    if "lm_head.weight" in found and "lm_head.weight" not in wanted:
+        # A tied checkpoint may carry its one matrix under both names, or under this one alone.
+        found.setdefault("model.embed_tokens.weight", found.pop("lm_head.weight"))
     for name, parameter in wanted.items():
         if name not in found:
             raise ValueError(f"'{folder}' lacks the weight '{name}'.")
@@ -620,40 +667,75 @@ def read_weights(folder, wanted, device):
 def download(name):
     """Fetch a checkpoint from the hub; safetensors and json only."""
     from huggingface_hub import snapshot_download
+    kinds = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"],
-                                      ignore_patterns=["consolidated*"]))      # Mistral's second copy of the weights
-    except Exception as error:                         # whatever the network or the hub says, told in one sentence
-        raise ValueError(f"'{name}' is neither a folder here nor a model that the hub gives ({type(error).__name__}).")
+        return Path(snapshot_download(name, allow_patterns=kinds,
+                                      ignore_patterns=["consolidated*"]))  # Mistral's second copy
+    except Exception as error:                         # whatever the network or the hub says
+        raise ValueError(f"'{name}' is neither a folder here nor a model that the hub gives "
+                         f"({type(error).__name__}).")
 
 
 def save(policy, tokenizer, path, weights=None):
-    """Write a folder that `load` and transformers' Auto classes open; it appears whole or not at all.
+    """Write a folder that `load` and transformers' Auto classes open, those of version 4 as well;
+    it appears whole or not at all.
 
-    weights: {name: tensor} to write in place of the policy's own, where those are sharded over processes.
+    weights: {name: tensor} to write in place of the policy's own, where those are sharded over
+    processes.
     """
     from safetensors.torch import save_file
-    from transformers import GenerationConfig
-    path = Path(path)
-    aside = path.with_name(path.name + ".tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    policy.config.architectures = [FAMILIES[policy.config.model_type]]
-    policy.config.dtype = torch.float32
-    policy.config.save_pretrained(aside)
-    stops = policy.stop_ids if len(policy.stop_ids) > 1 else policy.stop_ids[0] if policy.stop_ids else None
-    GenerationConfig(eos_token_id=stops, pad_token_id=tokenizer.pad_token_id).save_pretrained(aside)
-    tokenizer.save_pretrained(aside)
-    weights = {name: w.detach().contiguous() for name, w in (weights or policy.state_dict()).items()}
-    save_file(weights, aside / "model.safetensors", metadata={"format": "pt"})
-    for file in aside.iterdir():
-        with open(file, "rb") as written:
-            os.fsync(written.fileno())
+    path, aside = Path(path), save_all_but_weights(policy, tokenizer, path)
+    weights = weights or policy.state_dict()
+    save_file({name: weight.detach().contiguous() for name, weight in weights.items()},
+              aside / "model.safetensors", metadata={"format": "pt"})
+    for file in aside.rglob("*"):                      # a folder of further chat templates, too
+        if file.is_file():
+            with open(file, "r+b") as written:         # Windows syncs only what could be written
+                os.fsync(written.fileno())
     shutil.rmtree(path, ignore_errors=True)
     aside.rename(path)
 
 
-# ----------------------------------------------------------------------------------------------------------- the default
+def try_to_save(policy, tokenizer, path):
+    """Write what `save` writes at `path`, without the weights, and remove it: ValueError now for
+    what would be an error after a night of training."""
+    try:
+        shutil.rmtree(save_all_but_weights(policy, tokenizer, path))
+    except Exception as error:                         # whatever transformers or the disk says
+        raise ValueError(f"a model cannot be saved as '{path}' ({type(error).__name__}: {error}).")
+
+
+def save_all_but_weights(policy, tokenizer, path):
+    """Config, generation config and tokenizer -> the folder beside `path` that they are in."""
+    from transformers import GenerationConfig
+    aside = Path(path).with_name(Path(path).name + ".tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    config, stops = policy.config, policy.stop_ids
+    config.architectures, config.dtype = [FAMILIES[config.model_type]], torch.float32
+    config.save_pretrained(aside)
+    stops = stops if len(stops) > 1 else stops[0] if stops else None
+    generation = GenerationConfig(eos_token_id=stops, pad_token_id=tokenizer.pad_token_id)
+    generation.save_pretrained(aside)
+    tokenizer.save_pretrained(aside)
+    # transformers 5 has new names for what version 4, and servers built on it, look for under the
+    # old ones. A config without the old ones would be read as theta 10000, without a word.
+    scaling = dict(config.rope_parameters)
+    theta, default = scaling.pop("rope_theta"), scaling["rope_type"] == "default"
+    amend(aside / "config.json", rope_theta=theta, rope_scaling=None if default else scaling)
+    if (aside / "tokenizer.json").is_file():
+        more = [str(token) for token in tokenizer.extra_special_tokens]
+        amend(aside / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast",
+              extra_special_tokens={}, additional_special_tokens=more)
+    return aside
+
+
+def amend(file, **entries):
+    """Write `entries` into a JSON file, beside or in place of those in it."""
+    file.write_text(json.dumps(json.loads(file.read_bytes()) | entries, indent=2) + "\n")
+
+
+# ------------------------------------------------------------------------------------- the default
 
 CHARACTERS = "0123456789+-*/()=, "
 
@@ -669,16 +751,19 @@ def tiny(width=128, layers=4, heads=4, kv_heads=2, inner=384, seed=0, characters
     characterwise = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     characterwise.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     characterwise.decoder = decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=characterwise, pad_token="<pad>", eos_token="<eos>",
-                                        unk_token="<unk>", padding_side="left", clean_up_tokenization_spaces=False)
-    config = LlamaConfig(vocab_size=len(vocab), hidden_size=width, intermediate_size=inner, num_hidden_layers=layers,
-                         num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=width // heads,
-                         max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=None, eos_token_id=1,
-                         pad_token_id=0, rms_norm_eps=1e-6)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=characterwise, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>",
+        padding_side="left", clean_up_tokenization_spaces=False)
+    config = LlamaConfig(
+        vocab_size=len(vocab), hidden_size=width, intermediate_size=inner, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=width // heads,
+        max_position_embeddings=512, tie_word_embeddings=True, rms_norm_eps=1e-6,
+        bos_token_id=None, eos_token_id=1, pad_token_id=0)
     policy = Policy(config)
     generator = torch.Generator().manual_seed(seed)
     for name, weight in policy.named_parameters():
-        if weight.dim() == 2:                          # 1/sqrt(fan in); what adds to the residual stream starts smaller
-            small = (2 * layers) ** -0.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
-            nn.init.normal_(weight, std=small * weight.shape[1] ** -0.5, generator=generator)
+        if weight.dim() == 2:          # 1/sqrt(fan in); what adds to the residual stream is smaller
+            adds = name.endswith(("o_proj.weight", "down_proj.weight"))
+            scale = (2 * layers) ** -0.5 if adds else 1.0
+            nn.init.normal_(weight, std=scale * weight.shape[1] ** -0.5, generator=generator)
     return policy, tokenizer

@@ -3,5 +3,21 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")          # tensors here are too small to share between threads
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "core: the mathematics of one function (tests/test_losses.py)")
+    config.addinivalue_line("markers", "care: what real batches need besides: padding, dtypes, errors in words, stats")
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request):
+    """A test that takes this runs on every kind of device that is there."""
+    import torch                                       # after OMP_NUM_THREADS is set
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
+    return request.param

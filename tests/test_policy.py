@@ -2,13 +2,16 @@
 
 Bugs killed here: rotary positions counted with padding, a window off by one, a tied head ignored, query and key norms or
 biases left out, a cache that shifts, weights in bf16 after loading, an end-of-turn token that is not known, a head of its own
-beside a tied one, code or pickles of a checkpoint that are run, damage believed.
+beside a tied one or in place of it, code or pickles of a checkpoint that are run, damage believed, a tokenizer rebuilt with
+other ids, settings under names that an older transformers does not read, a model that cannot be saved after the work.
 """
 import json
+import os
 import shutil
 
 import pytest
 import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import (AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MinistralConfig, MistralConfig, Qwen2Config,
                           Qwen3Config)
 
@@ -24,7 +27,7 @@ CONFIGS = {
     "llama, biases": LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
     "qwen2": Qwen2Config(**SIZES, tie_word_embeddings=True),
     "qwen2, window": Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=4, max_window_layers=1),
-    "qwen3": Qwen3Config(**SIZES, head_dim=16), "mistral, window": MistralConfig(**SIZES, sliding_window=4),
+    "qwen3": Qwen3Config(**SIZES, head_dim=16, rope_parameters={"rope_type": "default", "rope_theta": 1e6}), "mistral, window": MistralConfig(**SIZES, sliding_window=4),
     "mistral": MistralConfig(**SIZES, sliding_window=None), "mistral, window beyond the text": MistralConfig(**SIZES, sliding_window=99),
     "ministral": MinistralConfig(**SIZES, head_dim=8, sliding_window=4, layer_types=["full_attention", "sliding_attention", "full_attention"])}
 
@@ -72,7 +75,7 @@ def test_cached_decode_is_the_full_forward(name):
     _, ours = pair(CONFIGS[name])
     tokens, mask = ragged()
     with torch.no_grad():
-        whole, cache, parts = ours(tokens, mask), ours.new_cache(), []
+        whole, cache, parts = ours(tokens, mask), policy_module.KVCache(), []
         for start, end in ((0, 3), (3, 4), (4, 8), (8, 11)):
             parts.append(ours(tokens[:, start:end], mask[:, :end], cache))
         cached = torch.cat(parts, dim=1)
@@ -85,7 +88,7 @@ def test_greedy_text_equals_generate(name):
     tokens, mask = ragged()
     right = theirs.generate(tokens, attention_mask=mask.long(), max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None)
     with torch.no_grad():
-        cache, new = ours.new_cache(), tokens
+        cache, new = policy_module.KVCache(), tokens
         for _ in range(12):
             new = (ours(new, mask, cache)[:, -1] @ ours.head.T).argmax(-1, keepdim=True)
             tokens, mask = torch.cat([tokens, new], 1), torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
@@ -131,9 +134,31 @@ def test_saved_folders_open_in_transformers(name, tmp_path):
     tokens, _ = ragged()
     with torch.no_grad():
         close(opened(input_ids=tokens).logits, theirs(input_ids=tokens).logits, name)
+    # The names by which transformers 4 knows the rotary settings: without them it takes theta 10000.
+    keys, rope = json.loads((tmp_path / "model" / "config.json").read_text()), dict(ours.config.rope_parameters)
+    assert keys["rope_theta"] == rope.pop("rope_theta")
+    assert keys["rope_scaling"] == (None if rope == {"rope_type": "default"} else rope)
     if name == "llama":                                # the others' Auto classes expect a tokenizer of their own kind
         assert AutoTokenizer.from_pretrained(tmp_path / "model")("4 7,1=").input_ids == tokenizer("4 7,1=").input_ids
     again, _ = policy_module.load(tmp_path / "model")
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), again.parameters()))
+    assert again.windows == ours.windows and again.config.rope_parameters == ours.config.rope_parameters
+
+
+def test_a_checkpoint_trained_in_bf16_stays_fp32(tmp_path, device):
+    """Loaded on the device that is there, with activations in bf16, and saved again without the loss of a bit."""
+    _, ours = pair(CONFIGS["qwen3"])
+    _, tokenizer = policy_module.tiny(width=16, layers=1, heads=1, kv_heads=1, inner=16)
+    policy_module.save(ours, tokenizer, tmp_path / "model")
+    loaded, _ = policy_module.load(tmp_path / "model", device, torch.bfloat16)
+    assert {(w.dtype, w.device.type) for w in loaded.parameters()} == {(torch.float32, device)}
+    tokens, mask = ragged()
+    with torch.no_grad():
+        exact, rounded = ours(tokens, mask)[mask], loaded(tokens.to(device), mask.to(device))[mask.to(device)]
+    assert rounded.dtype == torch.bfloat16 and rounded.device.type == device
+    assert (rounded.float().cpu() - exact).abs().mean() < 0.02 * exact.abs().mean()
+    policy_module.save(loaded, tokenizer, tmp_path / "again")
+    again, _ = policy_module.load(tmp_path / "again")
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), again.parameters()))
 
 
@@ -175,6 +200,141 @@ def test_a_tied_checkpoint_may_carry_a_copy_of_its_head(tmp_path):
     ours, _ = policy_module.load(tmp_path)
     assert "lm_head.weight" not in dict(ours.named_parameters())
     assert ours.head is ours.model.embed_tokens.weight and torch.equal(ours.head, weights["model.embed_tokens.weight"])
+
+
+def test_a_tied_head_under_its_other_name_alone(tmp_path):
+    """What safetensors' save_model may leave; transformers opens it."""
+    from safetensors.torch import load_file, save_file
+    checkpoint(tmp_path, shard="1GB")
+    weights = load_file(tmp_path / "model.safetensors")
+    matrix = weights["lm_head.weight"] = weights.pop("model.embed_tokens.weight")
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert torch.equal(policy_module.load(tmp_path)[0].head, matrix)
+
+
+def test_a_copy_of_the_head_in_a_later_shard_is_left_out(tmp_path):
+    from safetensors.torch import save_file
+    theirs = checkpoint(tmp_path)
+    file = tmp_path / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    index["weight_map"]["lm_head.weight"] = "zzz.safetensors"
+    file.write_text(json.dumps(index))
+    save_file({"lm_head.weight": torch.zeros(53, 32)}, tmp_path / "zzz.safetensors", metadata={"format": "pt"})
+    assert torch.equal(policy_module.load(tmp_path)[0].head, theirs.get_input_embeddings().weight)
+
+
+def test_what_is_synced_was_opened_for_writing(tmp_path, monkeypatch):
+    """Windows refuses to sync a file that is open for reading only."""
+    fcntl = pytest.importorskip("fcntl")
+    modes = []
+    monkeypatch.setattr(os, "fsync", lambda file: modes.append(fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE))
+    policy_module.save(*policy_module.tiny(width=16, layers=1, heads=1, kv_heads=1, inner=16), tmp_path / "model")
+    assert len(modes) == len(list((tmp_path / "model").iterdir())) and os.O_RDONLY not in modes
+
+
+# ----------------------------------------------------------------------------------------- tokenizers as people have them
+
+CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+          "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+
+
+def bytes_like_qwen():
+    """256 bytes, then <|endoftext|> 256, <|im_start|> 257, <|im_end|> 258."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    made.add_special_tokens([AddedToken(name, special=True, normalized=False)
+                             for name in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")])
+    return made
+
+
+def pieces_without_a_leading_blank():
+    """Like SentencePiece, and like Yi and CodeQwen: no blank is put before the text."""
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2}
+    for c in "▁0123456789+-*/()=,abcdefghijklmnopqrstuvwxyzU.":
+        vocab.setdefault(c, len(vocab))
+    made = Tokenizer(models.BPE(vocab | {"▁t": len(vocab)}, [("▁", "t")], unk_token="<unk>"))
+    made.normalizer = normalizers.Replace(" ", "▁")
+    made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse()])
+    made.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in ("<unk>", "<s>", "</s>")])
+    return made
+
+
+def with_tokenizer(folder, made, family="qwen2", generation=None, **described):
+    """A checkpoint of 300 ids whose tokenizer.json is `made` and tokenizer_config.json `described`."""
+    config = dict(SIZES, vocab_size=300, max_position_embeddings=1024, tie_word_embeddings=True, eos_token_id=256)
+    AutoModelForCausalLM.from_config({"qwen2": Qwen2Config, "llama": LlamaConfig}[family](**config)).save_pretrained(folder)
+    (folder / "generation_config.json").write_text(json.dumps(generation or {"eos_token_id": 256}))
+    made.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(described))
+    return folder
+
+
+@pytest.mark.parametrize("family, label, make", [
+    ("qwen2", "PreTrainedTokenizerFast", pieces_without_a_leading_blank), ("llama", "LlamaTokenizer", pieces_without_a_leading_blank),
+    ("llama", "LlamaTokenizerFast", bytes_like_qwen), ("qwen2", "Qwen2Tokenizer", bytes_like_qwen)])
+def test_ids_are_those_of_tokenizer_json(family, label, make, tmp_path):
+    """transformers 5 rebuilds some of these from their vocabulary, and blanks are lost or added."""
+    made, text = make(), "use 3, 4 to make 12."
+    described = dict(tokenizer_class=label, eos_token=made.id_to_token(made.token_to_id("</s>") or 256))
+    policy, tokenizer = policy_module.load(with_tokenizer(tmp_path / "in", made, family, **described))
+    policy_module.save(policy, tokenizer, tmp_path / "out")
+    for loaded in tokenizer, policy_module.load(tmp_path / "out")[1]:
+        assert loaded(text, add_special_tokens=False).input_ids == made.encode(text, add_special_tokens=False).ids
+        assert loaded.decode(made.encode(text, add_special_tokens=False).ids) == text
+
+
+def test_a_turn_of_the_chat_template_ends_an_answer(tmp_path):
+    """Qwen2.5-Math and other base models: the template ends turns by <|im_end|>, the configs name <|endoftext|>."""
+    described = dict(tokenizer_class="Qwen2Tokenizer", eos_token="<|endoftext|>")
+    stops = {name: policy_module.load(with_tokenizer(tmp_path / name, bytes_like_qwen(), chat_template=template, **described))[0].stop_ids
+             for name, template in (("chat", CHATML), ("none", None), ("fails", "{{ raise_exception('no') }}"),
+                                    ("text", CHATML.replace("<|im_end|>", "[end]")), ("asks only", "{{ messages[0].content }}"),
+                                    ("blank", CHATML.replace("<|im_end|>", "\n<|im_end|>")))}
+    assert stops == {"chat": [256, 258], "none": [256], "fails": [256], "text": [256], "asks only": [256], "blank": [256, 258]}
+
+
+def test_further_stop_tokens_can_be_named_and_are_kept(tmp_path):
+    folder = with_tokenizer(tmp_path / "in", bytes_like_qwen(), eos_token="<|endoftext|>", tokenizer_class="Qwen2Tokenizer")
+    policy, tokenizer = policy_module.load(folder, stop=["<|im_start|>", "\n"])
+    newline = tokenizer("\n").input_ids
+    assert policy.stop_ids == sorted([256, 257, *newline])
+    policy_module.save(policy, tokenizer, tmp_path / "out")
+    assert policy_module.load(tmp_path / "out")[0].stop_ids == policy.stop_ids
+    for wrong in ("two", ""):
+        with pytest.raises(ValueError, match=f"'{wrong}' cannot end an answer: it is not one token"):
+            policy_module.load(folder, stop=[wrong])
+    tiny_policy, tiny_tokenizer = policy_module.tiny(width=16, layers=1, heads=1, kv_heads=1, inner=16)
+    policy_module.save(tiny_policy, tiny_tokenizer, tmp_path / "tiny")
+    with pytest.raises(ValueError, match="'@' cannot end an answer"):
+        policy_module.load(tmp_path / "tiny", stop=["@"])                       # known as unknown only
+
+
+def test_a_tokenizer_with_several_templates_can_be_saved(tmp_path):
+    """And the names that transformers 4 reads are in its config."""
+    templates = [dict(name="default", template=CHATML), dict(name="tool_use", template="tools")]
+    folder = with_tokenizer(tmp_path / "in", bytes_like_qwen(), chat_template=templates, tokenizer_class="Qwen2Tokenizer",
+                            eos_token="<|endoftext|>", additional_special_tokens=["<|im_start|>", "<|im_end|>"])
+    policy, tokenizer = policy_module.load(folder)
+    policy_module.save(policy, tokenizer, tmp_path / "out")
+    again = policy_module.load(tmp_path / "out")[1]
+    assert again.chat_template == tokenizer.chat_template == {"default": CHATML, "tool_use": "tools"}
+    assert again.extra_special_tokens == tokenizer.extra_special_tokens == ["<|im_start|>", "<|im_end|>"]
+    written = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert written["tokenizer_class"] == "PreTrainedTokenizerFast" and written["extra_special_tokens"] == {}
+    assert written["additional_special_tokens"] == ["<|im_start|>", "<|im_end|>"]
+
+
+def test_a_trial_save_leaves_nothing_and_tells_what_is_wrong(tmp_path, monkeypatch):
+    policy, tokenizer = policy_module.tiny(width=16, layers=1, heads=1, kv_heads=1, inner=16)
+    policy_module.try_to_save(policy, tokenizer, tmp_path / "run" / "model")
+    assert list((tmp_path / "run").iterdir()) == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="a model cannot be saved as '.*file.model' "):
+        policy_module.try_to_save(policy, tokenizer, tmp_path / "file" / "model")
+    tokenizer.init_kwargs["odd"] = object()            # a tokenizer that transformers itself cannot write
+    with pytest.raises(ValueError, match="a model cannot be saved as .*TypeError"):
+        policy_module.try_to_save(policy, tokenizer, tmp_path / "run" / "model")
 
 
 @pytest.mark.parametrize("pad", [None, "<eos>"])

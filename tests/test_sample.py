@@ -3,8 +3,10 @@
 Bugs killed here: cache shifted by one, left padding read or counted as positions, another row's prompt, rows mixed up when
 finished ones leave, temperature missing from the recorded log-probability, stop token outside the mask, a zero-probability
 token drawn, draws that depend on who is still alive, an end-of-answer token taken for padding, a prompt that begins twice,
-special tokens that the verifier does not see.
+tokens that the verifier does not see, a prompt that changes overnight.
 """
+import types
+
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
@@ -13,7 +15,7 @@ from transformers import (LlamaConfig, MinistralConfig, MistralConfig, PreTraine
 import policy as policy_module
 import sample as sampling
 from rewards import countdown_reward
-from sample import chat, draw, encode, sample
+from sample import chat, draw, encode, sample, texts_of
 
 SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
              max_position_embeddings=64, tie_word_embeddings=True, eos_token_id=1)
@@ -28,25 +30,28 @@ FAMILIES = {"llama": lambda V: LlamaConfig(vocab_size=V, **SIZES), "qwen2": lamb
 PROMPTS = ["4 7 2 9,24=", "1,2=", "3 9 9,7="]
 
 
-def build(family="llama", seed=0):
+def build(family="llama", seed=0, device="cpu"):
     _, tokenizer = policy_module.tiny(width=16, layers=1, heads=1, kv_heads=1, inner=16)
     policy = policy_module.Policy(FAMILIES[family](len(tokenizer)))
     generator = torch.Generator().manual_seed(seed)
     for weight in policy.parameters():
         torch.nn.init.normal_(weight, std=0.3, generator=generator)
     policy.stop_ids = [1, 4, 9, 14]                    # several, so that answers differ in length
-    return policy, tokenizer
+    return policy.to(device), tokenizer
 
 
 def drawn(policy, tokenizer, prompts=PROMPTS, G=4, new=14, temperature=1.0, seed=0):
-    return sample(policy, tokenizer, prompts, G, new, temperature, torch.Generator().manual_seed(seed))
+    return sample(policy, tokenizer, prompts, G, new, temperature, torch.Generator(policy.device).manual_seed(seed))
 
 
+@pytest.mark.parametrize("sharing", [(), ("cpu", "cuda")], ids=["apart", "shared"])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
-def test_recorded_log_probabilities_are_those_of_a_full_forward(family, temperature):
-    """Cached decoding from one shared prefill, in a left-padded batch, against each row alone and whole."""
-    policy, tokenizer = build(family)
+def test_recorded_log_probabilities_are_those_of_a_full_forward(family, temperature, sharing, device, monkeypatch):
+    """Cached decoding from one shared prefill, in a left-padded batch, against each row alone and whole; both decode loops.
+    On a GPU the one with a row for each answer runs CUDA graphs, except for windows."""
+    monkeypatch.setattr(sampling, "SHARING", sharing)
+    policy, tokenizer = build(family, device=device)
     with torch.no_grad():
         rollout = drawn(policy, tokenizer, temperature=temperature)
         assert len(set(rollout.mask.sum(1).tolist())) > 2, "the batch must be ragged"
@@ -56,7 +61,7 @@ def test_recorded_log_probabilities_are_those_of_a_full_forward(family, temperat
             scores = policy(tokens[None])[0] @ policy.head.T / temperature
             right = scores.log_softmax(-1)[len(prompt) - 1:-1].gather(1, tokens[len(prompt):, None])[:, 0]
             error = (rollout.logp[row, :n] - right).abs().max()
-            assert error < 1e-5, f"{family}, row {row}: the sampler's log-probabilities are off by {error:.1e}"
+            assert error < (1e-5 if device == "cpu" else 1e-4), f"{family}, row {row}: the sampler's log-probabilities are off by {error:.1e}"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -69,9 +74,24 @@ def test_other_prompts_in_the_batch_change_nothing(family):
         assert alone.texts == [together.texts[row]], f"{family}: the answer to {prompt!r} depends on its neighbours"
 
 
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_what_is_scored_is_what_was_sampled(temperature, device, monkeypatch):
+    """`score` against the sampler's own record, in fp32 and with activations in bf16."""
+    policy, tokenizer = build("qwen3", device=device)
+    for dtype, most in ((torch.float32, 1e-5 if device == "cpu" else 1e-4), (torch.bfloat16, 0.3)):
+        policy.dtype = dtype
+        rollout = drawn(policy, tokenizer, temperature=temperature)
+        with torch.no_grad():
+            logp, entropy = policy_module.score(policy, rollout, torch.arange(12, device=device), 4, temperature)
+        error = (logp - rollout.logp).abs()
+        assert logp.dtype == torch.float32 and (logp[~rollout.mask] == 0).all() and (entropy[rollout.mask] > 0).all()
+        assert error.max() < most and error[rollout.mask].mean() < most / 10, f"{dtype}: off by {error.max():.1e}"
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mistral"])
-def test_dropping_finished_rows_changes_no_token(monkeypatch, family):
-    policy, tokenizer = build(family)
+def test_dropping_finished_rows_changes_no_token(monkeypatch, family, device):
+    policy, tokenizer = build(family, device=device)
+    monkeypatch.setattr(sampling, "SHARING", (device,))
     kept = {"sharing": drawn(policy, tokenizer)}
     monkeypatch.setattr(sampling, "SHARING", ())       # as on a GPU
     for every in (1, 3, 1000):
@@ -79,18 +99,139 @@ def test_dropping_finished_rows_changes_no_token(monkeypatch, family):
         kept[every] = drawn(policy, tokenizer)
     assert (kept[1].mask.sum(1) < 5).sum() > 2, "some rows must end early"
     assert torch.equal(kept["sharing"].response, kept[1000].response), "sharing rows changed a token"
-    assert torch.allclose(kept["sharing"].logp, kept[1000].logp, atol=1e-5)
+    close = 1e-5 if device == "cpu" else 1e-4
+    assert torch.allclose(kept["sharing"].logp, kept[1000].logp, atol=close)
     for every in (1, 3):
         assert torch.equal(kept[every].response, kept[1000].response), f"looking every {every} steps changed a token"
-        assert torch.allclose(kept[every].logp, kept[1000].logp, atol=1e-5)
+        assert torch.allclose(kept[every].logp, kept[1000].logp, atol=close)
+
+
+# ------------------------------- the decode loop of a GPU: when a graph is captured, when rows are dropped, how far it reads
+
+class Script:
+    """A Stepper whose answers are written out beforehand, (B, T): it says the next token of each row, and notes what
+    decode_apart asks of it."""
+
+    def __init__(self, written, P):
+        self.written, self.P, self.slot, self.windows = written, P, torch.tensor([P]), [None]
+        self.prompt_of, self.rows, self.noted = None, None, []
+
+    def keep(self, rows):
+        if self.rows is None:
+            self.prompt_of, self.rows = rows, torch.arange(len(rows))
+        else:
+            self.rows = self.rows[rows]
+
+    def step(self, token, span):
+        read = int(self.slot) - self.P                 # tokens read before this one
+        assert torch.equal(token, self.written[self.rows, read]), "every row reads its own newest token"
+        self.noted.append((len(self.rows), span))
+        self.slot.add_(1)
+        return self.written[self.rows, read + 1]
+
+    def logits(self, hidden, temperature):
+        return 1e4 * torch.nn.functional.one_hot(hidden, 10).float()
+
+
+def decoded(monkeypatch, lengths, room, P=8, graphed=True):
+    """decode_apart on answers of these lengths, token 0 last -> what was noted: (rows, slots read) a step."""
+    monkeypatch.setattr(sampling, "LOOK_EVERY", 4)
+    monkeypatch.setattr(sampling, "SPAN", 8)
+    written = torch.randint(1, 10, (len(lengths), room), generator=torch.Generator().manual_seed(0))
+    for row, n in enumerate(lengths):
+        written[row, n - 1:] = 0
+    script = Script(written, P)
+    answers = sampling.Answers(len(lengths), room, [0], torch.Generator().manual_seed(0), "cpu")
+
+    def held():
+        return answers.rows, answers.newest, script.rows
+
+    def run_only(step, state):
+        """In place of `capture`: a trial run whose traces in `state` are wiped out, then the step itself; as a graph
+        does, it insists on the tensors that it was captured with."""
+        before, memory = [x.clone() for x in state], held()
+        step()
+        for x, value in zip(state, before):
+            x.copy_(value)
+        script.noted[-1] = "captured"
+
+        def replay():
+            assert all(a is b for a, b in zip(memory, held())), "a graph must be captured again for other tensors"
+            step()
+        return replay
+
+    monkeypatch.setattr(sampling, "capture", run_only)
+    monkeypatch.setattr(sampling, "can_be_captured", lambda stepper: graphed and stepper is script)
+    answers.extend(script.logits(written[:, 0], 1.0))
+    prompt_of = torch.arange(2).repeat_interleave(len(lengths) // 2)
+    sampling.decode_apart(script, answers, prompt_of, 1.0, P)
+    assert torch.equal(script.prompt_of, prompt_of)
+    assert answers.length.tolist() == lengths
+    for row, n in enumerate(lengths):
+        assert torch.equal(answers.tokens[row, :n], written[row, :n]), f"row {row} says something else"
+    return script.noted
+
+
+# Looked at before step 4 (8 of 10 rows go on: not worth a copy), 8 (7 of 10: it is), 12 (6 of 7), 16 (3 of 7), 20 (3 of 3), 24
+# (1 of 3) and 28 (none). Step t reads 8 + t slots; a graph reads the next multiple of 8.
+LENGTHS = [21, 4, 13, 3, 22, 8, 10, 16, 26, 14]
+
+
+def test_graphs_are_captured_for_fewer_rows_and_more_slots(monkeypatch):
+    graph = "captured"
+    assert decoded(monkeypatch, LENGTHS, 40) == [
+        graph, *[(10, 16)] * 7, graph, (7, 16), graph, *[(7, 24)] * 7, graph, (3, 24), graph, *[(3, 32)] * 7,
+        graph, (1, 32), graph, *[(1, 40)] * 3]
+
+
+def test_without_graphs_the_slots_read_are_those_written(monkeypatch):
+    assert decoded(monkeypatch, LENGTHS, 40, graphed=False) == [
+        *[(10, 8 + t) for t in range(1, 8)], *[(7, 8 + t) for t in range(8, 16)], *[(3, 8 + t) for t in range(16, 24)],
+        *[(1, 8 + t) for t in range(24, 28)]]
+
+
+@pytest.mark.parametrize("B, going, after", [(10, 8, 10), (10, 7, 7), (14, 11, 11), (16, 13, 16)])
+def test_rows_are_dropped_when_fewer_than_four_in_five_go_on(monkeypatch, B, going, after):
+    noted = decoded(monkeypatch, [5] * going + [2] * (B - going), 5, graphed=False)
+    assert noted == [(B, 9), (B, 10), (B, 11), (after, 12)]
+
+
+@pytest.mark.parametrize("graphed", [True, False])
+def test_decoding_ends_with_the_room(monkeypatch, graphed):
+    noted = decoded(monkeypatch, [6, 6], 6, P=3, graphed=graphed)
+    assert noted == (["captured", *[(2, 8)] * 5] if graphed else [(2, 4), (2, 5), (2, 6), (2, 7), (2, 8)])
+    assert decoded(monkeypatch, [1, 1], 1, graphed=graphed) == []
+
+
+def test_what_can_be_captured():
+    for cuda, windows, right in ((True, [None, None], True), (True, [None, 4], False), (False, [None], False)):
+        stepper = types.SimpleNamespace(slot=types.SimpleNamespace(is_cuda=cuda), windows=windows)
+        assert sampling.can_be_captured(stepper) == right
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_slots_beyond_those_written_change_nothing(monkeypatch, family, device):
+    """A graph reads ahead, into slots that hold nothing yet, and up to the end of the cache. On a GPU it is a real one."""
+    policy, tokenizer = build(family, device=device)
+    monkeypatch.setattr(sampling, "SHARING", ())
+    monkeypatch.setattr(sampling, "can_be_captured", lambda stepper: False)
+    plain = drawn(policy, tokenizer)
+    monkeypatch.setattr(sampling, "can_be_captured", lambda stepper: True)
+    if device == "cpu":
+        monkeypatch.setattr(sampling, "capture", lambda step, state: step)
+    for span in (5, 16, 256):
+        monkeypatch.setattr(sampling, "SPAN", span)
+        ahead = drawn(policy, tokenizer)
+        assert torch.equal(ahead.response, plain.response), f"reading up to multiples of {span} changed a token"
+        assert torch.allclose(ahead.logp, plain.logp, atol=1e-5 if device == "cpu" else 1e-4)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 def test_what_was_said_alike_is_read_once(monkeypatch, family):
     """The model reads as many rows as there are different beginnings among the answers still going, and not one more."""
     policy, tokenizer = build(family)
-    step, rows = policy_module.Stepper.step, []
-    monkeypatch.setattr(policy_module.Stepper, "step", lambda self, token, span: rows.append(len(token)) or step(self, token, span))
+    step, rows = sampling.Stepper.step, []
+    monkeypatch.setattr(sampling.Stepper, "step", lambda self, token, span: rows.append(len(token)) or step(self, token, span))
     rollout = drawn(policy, tokenizer, G=32, temperature=0.5)
     length = rollout.mask.sum(1).tolist()
     read = [len({(row // 32, *rollout.response[row, :t].tolist()) for row in range(96) if length[row] > t})
@@ -133,6 +274,32 @@ def test_no_sampled_token_is_hidden_from_the_verifier():
         assert text == "".join(names[token] for token in rollout.response[row, :n].tolist()), f"row {row}"
     assert countdown_reward("2*(9+7-4)", [4, 7, 2, 9], 24) == 1
     assert countdown_reward("2*(9+7-4)<pad>", [4, 7, 2, 9], 24) == 0
+
+
+@pytest.mark.parametrize("characters", [policy_module.CHARACTERS, "0123456789()=, "])
+def test_an_id_without_a_name_is_written_as_its_number(characters):
+    """A model with more ids than its tokenizer (Qwen2.5: 271 more), at the end and in a hole, whose decoder leaves them out."""
+    policy, tokenizer = policy_module.tiny(characters=characters)
+    if len(characters) < 19:                           # the last names move up: a hole of four ids, 15 to 18
+        tokenizer.backend_tokenizer.model = models.WordLevel(
+            {name: i if i < 15 else i + 4 for name, i in tokenizer.get_vocab().items()}, unk_token="<unk>")
+    policy.model.embed_tokens = torch.nn.Embedding(30, 128)
+    torch.nn.init.normal_(policy.model.embed_tokens.weight, std=0.05, generator=torch.Generator().manual_seed(0))
+    known = {i: name for name, i in tokenizer.get_vocab().items()}
+    rollout = drawn(policy, tokenizer, ["1,2="], G=64)
+    unnamed = [i for i in rollout.response[rollout.mask].tolist() if i not in known]
+    assert {22, 29} <= set(unnamed) and (len(characters) == 19 or {15, 18} <= set(unnamed)), "the batch must hold some"
+    for row, text in enumerate(rollout.texts):
+        n = int(rollout.mask[row].sum()) - int(rollout.finished[row])
+        assert text == "".join(known.get(i, f"<|{i}|>") for i in rollout.response[row, :n].tolist()), f"row {row}"
+
+
+def test_blanks_before_a_full_stop_are_shown():
+    """Some tokenizer configs ask for a clean-up that takes them out."""
+    _, tokenizer = policy_module.tiny(characters=" .1")
+    tokenizer.clean_up_tokenization_spaces = True
+    assert tokenizer.decode(tokenizer("1 .").input_ids) == "1.", "this tokenizer cleans up"
+    assert texts_of(tokenizer, [tokenizer("1 .").input_ids, []]) == ["1 .", ""]
 
 
 def test_without_a_stop_token_every_answer_is_cut():
@@ -235,3 +402,28 @@ def test_a_prompt_begins_once():
         tokenizer = two_words(template, begin=True)
         ids, mask = encode(tokenizer, [chat(tokenizer, "", text, "ask"), chat(tokenizer, "", "a", "ask")], "cpu")
         assert ids[0].tolist() == [2, 1, 1] and ids[1, mask[1]].tolist() == [2, 1], f"with template {template}: {ids.tolist()}"
+
+
+@pytest.mark.parametrize("name, template, post, bos", [
+    ("opens with a newline", "\n<bos>{turns}", "<bos> $A", "<bos>"), ("has a first token, the config none", "<bos>{turns}", "<bos> $A", None),
+    ("has no first token", "{turns}", "<bos> $A", "<bos>"), ("has no last token", "{turns}", "$A <eos>", None)])
+def test_chat_prompts_are_the_ids_that_the_template_gives(name, template, post, bos):
+    """Nothing is added to what a template wrote: no second first token, no end of an answer before it begins."""
+    tokenizer = two_words(template.replace("{turns}", "{% for m in messages %}{{ m.content }}<eos>{% endfor %}"), begin=True)
+    tokenizer.bos_token = bos
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=post, special_tokens=[("<bos>", 2), ("<eos>", 0)])
+    ids, mask = encode(tokenizer, [chat(tokenizer, "a", "aa", "think")], "cpu")
+    turns = [{"role": "system", "content": "a"}, {"role": "user", "content": "aa"}]
+    right = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+    assert ids[0].tolist() == right and mask.all(), f"a template that {name}"
+    assert encode(tokenizer, ["aa"], "cpu")[0].tolist() == [tokenizer("aa").input_ids], "plain text gets what the tokenizer adds"
+
+
+def test_a_template_that_writes_the_date_asks_the_same_tomorrow():
+    tokenizer = two_words("{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}\n{% endif %}" + SYSTEM_AND_USER)
+    assert chat(tokenizer, "S", "U", "think") == "26 Jul 2024\n[system: S][user: U]>"
+
+
+def test_a_template_that_fails_is_told_in_one_sentence():
+    with pytest.raises(ValueError, match=r"the tokenizer's chat template fails \(TemplateError: no way\)\."):
+        chat(two_words("{{ raise_exception('no way') }}"), "S", "U", "think")

@@ -193,7 +193,7 @@ def test_a_signal_in_the_warm_start_or_the_table_is_one_line(tmp_path, monkeypat
         assert [file.name for file in tmp_path.rglob("*")] == ["base", "lock"], "something looks like a base or a run"
     for sign in (signal.SIGINT, signal.SIGTERM):
         with monkeypatch.context() as patch:
-            patch.setattr(train, "evaluate", raising(sign, train.evaluate))
+            patch.setattr(evaluation, "evaluate", raising(sign, evaluation.evaluate))
             assert train.main(flags if sign == signal.SIGINT else [*flags, "--resume"]) == 128 + sign
         error = capsys.readouterr().err
         assert "stopped after the last step, all saved" in error and error.count("\n") == 1, error
@@ -420,10 +420,10 @@ BAD = {                                                # command line -> what th
     "train --loss grpo --name": "--name: expected one argument",
     **{f"train --loss grpo --{flag} {value}": f"--{flag}" for value in ("three", "1e3", "2.5", "-1") for flag in (
         "prompts", "group-size", "dynamic-sampling", "steps", "updates", "warmup", "micro-batch", "warm-steps",
-        "eval-problems", "eval-samples", "rows", "save-every", "show-every", "seed", "max-new-tokens", "fixed-problems")},
+        "eval-problems", "eval-samples", "rows", "save-every", "show-every", "seed", "max-new-tokens")},
     **{f"train --loss grpo --{flag} 0": f"--{flag}" for flag in (
         "prompts", "group-size", "steps", "updates", "warm-steps", "eval-samples", "rows", "save-every", "show-every",
-        "max-new-tokens", "fixed-problems", "temperature", "lr", "grad-clip")},
+        "max-new-tokens", "temperature", "lr", "grad-clip")},
     **{f"train --loss grpo --{flag} {value}": f"--{flag}" for flag in ("temperature", "lr", "grad-clip")
        for value in ("warm", "nan", "-1")},
     "train --loss grpo --lr inf": "--lr",
@@ -462,6 +462,9 @@ BAD = {                                                # command line -> what th
     "train --loss grpo --base foreign": "was made with another tokenizer",
     "train --loss grpo --base busy": "another process is writing",
     "train --loss grpo --name base": "--name and --base must differ",
+    "train --loss grpo --name base --base other": "no run is called base",
+    "train --loss grpo --eval-temperature 0": "--eval-temperature",
+    "train --loss grpo --schedule cosine": "--schedule: invalid choice",
     # the task and its data
     "train --loss grpo --task math": "need --model",
     "train --loss grpo --prompt think": "need --model",
@@ -598,7 +601,7 @@ def test_runs_are_measured_on_their_own_task(crime, capsys):
         assert evaluation.main([*runs, *flags, *more]) == 0, capsys.readouterr().err
         written = json.loads((crime / "measured.json").read_text())
         assert written["flags"]["counts"] == [2] and written["flags"]["max_new_tokens"] == length
-        assert [len(record["problem"][0]) for records in written["records"].values() for record in records] == [2] * 6
+        assert [len(record["problem"][0]) for records in written["records"]["0.7"].values() for record in records] == [2] * 6
     (crime / "measured.json").unlink()
 
 
