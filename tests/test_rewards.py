@@ -24,7 +24,7 @@ Bugs that these tests kill; each was put in once and seen to fail:
               bad line refusing the file, or left out without a word; the first turn of a chat
               asked; 1e16 kept as 1e+16; a reference that nothing matches told to nobody
   task        a file's Countdown problems trained and measured on alike, or made up after all;
-              long prompts kept in one of the lists; a grader that hangs, dies or is not there
+              long prompts kept in one of the lists; a grader that hangs, raises or is not there
 """
 
 import argparse
@@ -34,8 +34,10 @@ import itertools
 import json
 import random
 import string
+import sys
 import time
 import tracemalloc
+import types
 import warnings
 from fractions import Fraction
 
@@ -1186,42 +1188,49 @@ def test_long_prompts_are_left_out_everywhere(tmp_path):
     assert problems.leave_out(tokens_of=lambda problem: sum(problem.numbers), room=20) == 92
 
 
-class Grader(rewards.MathVerify):
-    """The same with another program in place of the package: it hangs, dies, raises or answers."""
+def test_a_grader_that_hangs_or_raises_costs_one_answer(monkeypatch, capsys):
+    """Kills a run that ends on one text of a package's grader, and one that swallows Ctrl-C."""
+    class Timeout(BaseException):
+        pass
 
-    program = """
-import json, sys, time
-for line in sys.stdin:
-    text, answer = json.loads(line)
-    if text == "hang": time.sleep(60)
-    if text == "die": sys.exit(1)
-    print("failed" if text == "raise" else text == answer, flush=True)
-"""
+    raised = {"hang": Timeout, "raise": ValueError, "deep": RecursionError}
+    raised["stop"] = KeyboardInterrupt
 
+    def parse(text, raise_on_error):
+        if text in raised:
+            raise raised[text]
+        return text
 
-def test_a_grader_that_hangs_dies_or_raises_costs_one_answer():
-    """Kills a night's run that ends, or waits for ever, on one text of another package's grader."""
-    grader = Grader(seconds=3)
+    package, errors = types.ModuleType("math_verify"), types.ModuleType("math_verify.errors")
+    package.parse, package.errors, errors.TimeoutException = parse, errors, Timeout
+    package.verify = lambda reference, answer, raise_on_error: reference == answer
+    monkeypatch.setitem(sys.modules, "math_verify", package)
+    monkeypatch.setitem(sys.modules, "math_verify.errors", errors)
+    grader = rewards.MathVerify()
     assert (grader("\\boxed{7}", "7"), grader("\\boxed{8}", "7"), grader.failed) == (1, 0, 0)
-    for failed, text in enumerate(["raise", "die", "hang"], start=1):
+    for failed, text in enumerate(["hang", "raise", "deep"], start=1):
         assert grader(text, "7") == 0 and grader.failed == failed, text
-        assert grader("\\boxed{7}", "7") == 1, f"the next answer after {text} counts again"
-    assert grader("\ud800", "7") == 0 and grader.failed == 3, "any text reaches it"
-    grader.child.kill()
+        assert grader("\\boxed{7}", "7") == 1, f"the next answer after '{text}' counts again"
+    assert capsys.readouterr().out.count("failed on 1 answers") == 1
+    with pytest.raises(KeyboardInterrupt):
+        grader("stop", "7")
 
 
 def test_the_verifier_of_a_package(tmp_path, monkeypatch):
-    """Kills --verifier without effect, and rewards of 0 for ever where the package is missing."""
+    """Kills --verifier without effect, and a missing package told late or not at all."""
     path = write(tmp_path, {"problem": "q", "answer": "7"})
-    monkeypatch.setattr(Grader, "program", "import no_such_package")
-    with pytest.raises(ValueError, match="needs that package: pip install math-verify"):
-        Grader()
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "math_verify", None)
+        with pytest.raises(ValueError, match="needs that package: pip install math-verify"):
+            Math(path, verifier="math-verify")
     pytest.importorskip("math_verify")
-    task = Math(path, verifier="math-verify")
-    problem = task.problems.train[0] if task.problems.train else task.problems.held_out[0]
+    task = Math(path, held_out=1.0, verifier="math-verify")
+    [problem] = task.held_out_problems()
     assert task.reward(problem, "\\boxed{3+4}") == 1 and task.reward(problem, "\\boxed{8}") == 0
     assert Math(path).reward(problem, "\\boxed{3+4}") == 0, "ours does no algebra"
-    task.judge.child.kill()
+    assert task.reward(problem, "\\boxed{9^{9^9}}") == 0 and task.judge.failed == 1, "it hangs"
+    for text in (None, "", "\ud800", "\\boxed{" + "(" * 5000):
+        assert task.reward(problem, text) == 0, f"{text!r:.20} must score 0, whatever it raises"
 
 
 def flags_of(*words):
