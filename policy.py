@@ -725,14 +725,16 @@ def save_all_but_weights(policy, tokenizer, path):
     amend(aside / "config.json", rope_theta=theta, rope_scaling=None if default else scaling)
     if (aside / "tokenizer.json").is_file():
         more = [str(token) for token in tokenizer.extra_special_tokens]
-        amend(aside / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast",
-              extra_special_tokens={}, additional_special_tokens=more)
+        amend(aside / "tokenizer_config.json", without="extra_special_tokens",
+              additional_special_tokens=more, tokenizer_class="PreTrainedTokenizerFast")
     return aside
 
 
-def amend(file, **entries):
-    """Write `entries` into a JSON file, beside or in place of those in it."""
-    file.write_text(json.dumps(json.loads(file.read_bytes()) | entries, indent=2) + "\n")
+def amend(file, without=None, **entries):
+    """Write `entries` into a JSON file, and take the one named `without` out of it."""
+    whole = json.loads(file.read_bytes()) | entries
+    whole.pop(without, None)
+    file.write_text(json.dumps(whole, indent=2) + "\n")
 
 
 # ------------------------------------------------------------------------------------- the default
