@@ -35,8 +35,8 @@ from pathlib import Path
 from exercises import (EXERCISES, FILES, REPO, blanked_names, exercise, functions_of, graded_by,
                        is_blank, put_back)
 
-TEST_S = 30                    # of one test; one that takes longer hangs
-EXERCISE_S = 240               # of all tests of one exercise
+TEST_S = 60                    # of one test; one that takes longer hangs
+EXERCISE_S = 300               # of all tests of one exercise
 ATTEMPTS = 4                   # processes for one exercise: one more after each crash
 MEMORY, FILE_SIZE = 12 << 30, 1 << 30                  # bytes
 
@@ -87,6 +87,7 @@ class Recorder:
         if hasattr(signal, "SIGALRM"):
             signal.alarm(0)
         if self.hung == 3:                             # more of the same would only cost time
+            self.say(enough=True)
             os._exit(1)
 
 
@@ -238,7 +239,8 @@ def grade(one, source, whole):
                         outcome.setdefault(event[kind], (kind, event.get("said")))
             if began and began not in outcome:
                 outcome[began] = "failed", (why or "the process ended in the midst of a test: exit?")
-            if not asked or time.time() > deadline or all(test in outcome for test in asked):
+            enough = any("enough" in event for event in events) or time.time() > deadline
+            if not asked or enough or all(test in outcome for test in asked):
                 break
         if not asked:                                  # it broke before a test was known
             why = why or f"{one.file} cannot be imported; try: python -c 'import {one.file[:-3]}'"
@@ -248,7 +250,7 @@ def grade(one, source, whole):
                           if "asked" in event), {})
     first = {}                                         # function: a sentence of its core
     for test, (part, names) in asked.items():
-        kind, said = outcome.get(test, ("failed", why or "not finished: an earlier test hung"))
+        kind, said = outcome.get(test, ("failed", why or "not finished: earlier tests hung"))
         for name in names:
             if kind == "skipped" or not there.get(name):
                 continue

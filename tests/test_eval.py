@@ -14,8 +14,12 @@ import torch
 import eval as evaluation
 import policy as policy_module
 from rewards import Countdown, Problem
+from test_losses import check, claim
+
+core, care = pytest.mark.core, pytest.mark.care       # with the function that a test grades
 
 
+@core("pass_at_k")
 @pytest.mark.parametrize("n", [1, 2, 5, 8])
 def test_pass_at_k_is_the_share_of_subsets_with_a_correct_answer(n):
     for c, k in itertools.product(range(n + 1), range(1, n + 1)):
@@ -163,3 +167,48 @@ def test_a_fingerprint_tells_files_and_models_apart(tmp_path):
     one, same, other = (evaluation.fingerprint(tmp_path / name) for name in ("one", "same", "other"))
     assert one == same != other
     assert evaluation.fingerprint("owner/model") == "owner/model", "what is no path here stands for itself"
+
+
+# --------------------------------------------- for those who write the estimator themselves: failures that know the mistake
+
+@core("pass_at_k")
+@pytest.mark.parametrize("n, c, k, right", [(10, 3, 5, 1 - 21 / 252), (4, 1, 2, 0.5), (10, 3, 1, 0.3), (8, 6, 4, 1),
+                                            (8, 1, 4, 0.5), (5, 0, 3, 0), (5, 5, 2, 1), (6, 2, 6, 1)])
+def test_pass_at_k_by_hand(n, c, k, right):
+    bugs = {"the plug-in 1 - (1 - c/n)^k, which is biased": 1 - (1 - c / n) ** k, "k times c/n": k * c / n,
+            "the chance that all k are correct": math.comb(c, k) / math.comb(n, k),
+            "the chance that none of the k is correct": 1 - right,
+            "the chance that exactly one of the k is correct": c * math.comb(n - c, k - 1) / math.comb(n, k),
+            "c/n whatever k is": c / n, "n and k exchanged in C(n, k)": 1 - math.comb(n - c, k)}
+    check(f"pass_at_k({n}, {c}, {k})", evaluation.pass_at_k(n, c, k), right, bugs=bugs)
+
+
+@care("pass_at_k")
+@pytest.mark.parametrize("n, c, k, why", [(4, 1, 5, "k is larger than n, and no unbiased estimate exists"),
+                                          (4, 5, 1, "5 correct among 4 samples"), (4, 1, 0, "k is 0"),
+                                          (4, -1, 1, "c is negative")])
+def test_pass_at_k_refuses_what_cannot_be(n, c, k, why):
+    try:
+        got = evaluation.pass_at_k(n, c, k)
+    except ValueError:
+        return
+    claim(False, f"pass_at_k({n}, {c}, {k}) must raise ValueError, for {why}; it gave {got}")
+
+
+@care("pass_at_k")
+def test_pass_at_k_of_many_samples():
+    """C(100000, 1000) has 2,430 digits: integers of Python or a product can do it, floats cannot."""
+    product = 1.0
+    for i in range(100000 - 300 + 1, 100001):
+        product *= 1 - 1000 / i
+    try:
+        got = evaluation.pass_at_k(100000, 300, 1000)
+    except OverflowError:
+        got = float("nan")
+    check("pass_at_k(100000, 300, 1000)", got, 1 - product)
+
+
+@care("pass_at_k")
+def test_pass_at_k_is_a_float():
+    got = evaluation.pass_at_k(8, 8, 2)
+    claim(isinstance(got, float), f"pass_at_k must return a float, not {type(got).__name__}")
