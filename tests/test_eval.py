@@ -6,6 +6,7 @@ gains, wrong or unparsable answers counted as distinct, diversity with self-pair
 import itertools
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -212,3 +213,21 @@ def test_pass_at_k_of_many_samples():
 def test_pass_at_k_is_a_float():
     got = evaluation.pass_at_k(8, 8, 2)
     claim(isinstance(got, float), f"pass_at_k must return a float, not {type(got).__name__}")
+
+
+def test_an_answer_goes_to_its_problem(monkeypatch):
+    """A sampler that repeats its prompt: each problem must be judged on what was said to it, for any batching."""
+    def echo(policy, tokenizer, prompts, G, *rest):
+        texts = [prompt for prompt in prompts for _ in range(G)]
+        mask = torch.ones(len(texts), 3, dtype=torch.bool)
+        return SimpleNamespace(texts=texts, mask=mask, logp=-mask.float(), finished=mask[:, 0])
+
+    task = Countdown(counts=(2,))
+    problems, heard = task.held_out_problems(3), []
+    monkeypatch.setattr(evaluation, "sample", echo)
+    monkeypatch.setattr(evaluation, "record", lambda task, problem, answers: heard.append((problem, answers)))
+    for rows in (2, 6, 100):
+        heard.clear()
+        evaluation.evaluate(None, SimpleNamespace(chat_template=None), task, problems, 4, 9, rows=rows)
+        right = [(problem, [(task.prompt(problem), 3, 3.0, True)] * 4) for problem in problems]
+        claim(heard == right, f"rows={rows}: answers were judged against another problem, or some are missing")

@@ -591,3 +591,13 @@ def test_attention_by_loops(pieces):
         made = lambda bug=None: attention_by_loops(attention, x, torch.arange(6), inv_freq, bug)
         check(f"attention over 6 tokens read as {pieces}, token by token", torch.cat(parts), made(),
               bugs=lambda: {bug: made(bug) for bug in ATTENTION_BUGS})
+
+
+def test_cached_decode_without_padding():
+    """No mask at all: positions of new tokens go on where the cache ends."""
+    _, ours = pair(CONFIGS["llama"])
+    tokens, _ = ragged()
+    with torch.no_grad():
+        whole, cache = ours(tokens), policy_module.KVCache()
+        parts = torch.cat([ours(tokens[:, start:end], None, cache) for start, end in ((0, 3), (3, 4), (4, 8), (8, 11))], 1)
+    check("hidden states, read in four pieces", parts, whole, 1e-4, 1e-4)

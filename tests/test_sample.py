@@ -507,3 +507,20 @@ def test_what_is_off_the_mask():
     claim(rollout.logp.dtype == torch.float32 and rollout.mask.dtype == torch.bool, "logp is fp32, mask bool")
     claim(not rollout.logp.requires_grad, "sampling needs no gradient: torch.no_grad()")
     claim(rollout.mask.shape[1] == rollout.mask.sum(1).max(), "T is the length of the longest answer, not the budget")
+
+
+def test_rollouts_are_joined_and_rows_taken():
+    """Prompts of other widths are padded on the left, answers on the right; a row keeps all that belongs to it."""
+    policy, tokenizer = build()
+    parts = [drawn(policy, tokenizer, [prompt], G=3, seed=i) for i, prompt in enumerate(PROMPTS)]
+    whole = sampling.join(parts, tokenizer.pad_token_id)
+    P, rows = whole.prompt_mask.shape[1], torch.tensor([7, 2, 2, 5])
+    for rollout, wanted in ((whole, range(9)), (sampling.take(whole, rows), rows.tolist())):
+        for row, source in enumerate(wanted):
+            part, i = parts[source // 3], source % 3
+            p, n = part.prompt_mask.shape[1], int(part.mask[i].sum())
+            prompt, answer = rollout.tokens[row, :P][rollout.prompt_mask[row]], rollout.response[row][rollout.mask[row]]
+            claim(torch.equal(prompt, part.tokens[i, :p][part.prompt_mask[i]]), f"row {row}: another prompt, or its padding is on the right")
+            claim(torch.equal(answer, part.response[i, :n]) and rollout.texts[row] == part.texts[i], f"row {row}: another answer")
+            claim(torch.equal(rollout.logp[row][rollout.mask[row]], part.logp[i, :n]), f"row {row}: other log-probabilities")
+            claim(rollout.prompt_mask[row, -1], "a prompt ends where its answer begins: padding goes to the left")
