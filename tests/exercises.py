@@ -65,7 +65,7 @@ EXERCISES = (
              "What does training optimise when sampling cuts to the top p and scoring does not?"),
     Exercise(7, "one exact step", "train.py", ("train_step",), (), ("test_train.py",),
              "one gradient in (B, T) log-probabilities, pushed through the model in chunks",
-             "log.csv with --micro-batch 0 and 16: which columns agree, up to which digit?",
+             "log.csv with --micro-batch 0 and with 16, and the columns in which they differ",
              "For which aggregators is the mean of chunk losses the loss of the batch?"),
     Exercise(8, "differential smoothing", "losses.py", ("diffsmooth", "diffsmooth_reward"), (),
              ("test_losses.py",),
@@ -109,8 +109,8 @@ def readme():
              "`IMPL=my_losses pytest tests/test_losses.py`.", ""]
     for one in EXERCISES:
         names = ", ".join(f"`{name}`" for name in one.functions) or "a new function"
-        lines.append(f"{one.number}. **{one.title[0].upper()}{one.title[1:]}**: {names}. Look at "
-                     f"{one.look}.\n   {one.question}")
+        lines.append(f"{one.number}. **{one.title[0].upper()}{one.title[1:]}**: {names}.\n"
+                     f"   Look at {one.look}. {one.question}")
     return "\n".join(lines)
 
 

@@ -514,6 +514,16 @@ def test_who_sees_whom(mask, T, S, window, rows):
     check("allowed, a row a query", got.expand(1, 1, T, S)[0, 0].double(), right, bugs=bugs)
 
 
+@care("allowed")
+def test_each_row_has_its_own_padding():
+    mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
+    got = policy_module.allowed(mask, 2, 4, None, torch.device("cpu"))
+    claim(got is not None and got.dtype == torch.bool and got.shape == (2, 1, 2, 4),
+          f"for a mask of numbers (2, 4) and T = 2 it must be (2, 1, 2, 4) bool, and is {None if got is None else (tuple(got.shape), got.dtype)}")
+    check("what row 2 may read, two tokens of padding first", got[1, 0].double(), [[0, 0, 1, 0], [0, 0, 1, 1]])
+    check("what row 1 may read", got[0, 0].double(), [[1, 1, 1, 0], [1, 1, 1, 1]])
+
+
 @core("KVCache.update")
 def test_the_cache_grows():
     cache, make = policy_module.KVCache(), lambda *values: torch.tensor(values, dtype=torch.float64).view(1, 1, -1, 1)

@@ -476,6 +476,8 @@ def test_where_an_answer_ends_is_named():
     rollout = drawn(policy, tokenizer, G=8)
     for row, ids in enumerate(rollout.response.tolist()):
         n, stops = int(rollout.mask[row].sum()), [t for t, token in enumerate(ids) if token in policy.stop_ids]
+        claim(stops or not rollout.finished[row], f"row {row} is finished, but no stop token is left in its response. This is what you get "
+              "with: the stop token left out of the mask.")
         end = stops[0] + 1 if stops else 14
         bug = {end - 1: "the stop token left out of the mask", len(ids): "a mask that goes on after the stop token",
                (stops + [0])[-1] + 1: "an end at the last stop token, not the first"}.get(n)
