@@ -1,6 +1,6 @@
 """A student's copy of the repo: exercised functions without a body, under their own docstrings.
 
-    python tests/blank.py OUT                    # all exercises, into a folder that is not there yet
+    python tests/blank.py OUT                    # all exercises, into a folder that is not there
     python tests/blank.py OUT --only 3 5         # these alone are blank, the others are solved
     python tests/blank.py OUT --solution 3       # a copy that is there: put the bodies of 3 back
 
@@ -12,8 +12,8 @@ import shutil
 import sys
 from pathlib import Path
 
-from exercises import (EXERCISES, FILES, REPO, blank, blanked_names, exercise, functions_of, is_blank,
-                       put_back)
+from exercises import (EXERCISES, FILES, REPO, blank, blanked_names, exercise, functions_of,
+                       is_blank, put_back)
 
 
 def copy_of(folder):
@@ -41,7 +41,7 @@ def solve(folder, numbers):
         if one.file:
             path, solution = folder / one.file, (REPO / one.file).read_text()
             if any(map(is_blank, map(functions_of(solution).get, blanked_names(one)))):
-                raise SystemExit(f"{REPO} is a student's copy itself: it has no solution to put back.")
+                raise SystemExit(f"{REPO} is a student's copy itself: it has no solution.")
             path.write_text(put_back(path.read_text(), solution, blanked_names(one)))
 
 
@@ -60,7 +60,7 @@ def main(argv=None):
     if args.solution:
         missing = [file for file in FILES if not (args.out / file).is_file()]
         if missing:
-            raise SystemExit(f"'{args.out}' is not a copy made by blank.py: it has no {missing[0]}.")
+            raise SystemExit(f"'{args.out}' is not a copy of this repo: it has no {missing[0]}.")
         try:
             solve(args.out, chosen)
         except SyntaxError as error:

@@ -4,8 +4,8 @@
 
 `blank.py` makes a student's copy from it, in which the functions named here have no body;
 `grade.py` counts the tests that grade each of them. A test grades the function that its mark names,
-@core("pass_at_k") or @care("pass_at_k"); in test_losses.py, whose tests go by a parameter, it is the
-word behind the bracket of the test's id. The source surgery that both programs need is here too.
+@core("pass_at_k") or @care("pass_at_k"); in test_losses.py, whose tests go by a parameter, it is
+the word behind the bracket of the test's id. The source surgery of both programs is here too.
 """
 import ast
 import re
@@ -39,46 +39,46 @@ EXERCISES = (
              "Which wrong rule would a policy find first: floats, or a number used twice?"),
     Exercise(2, "Pass@k without bias", "eval.py", ("pass_at_k",), (), ("test_eval.py",),
              "the chance that k of n samples, c of them correct, hold a correct one",
-             "Pass@1 to Pass@64 of runs/base, the right end of the curve",
+             "Pass@1 to Pass@64 of runs/base",
              "Why is 1 - (1 - c/n)^k too low on average, and on which problems most?"),
     Exercise(3, "from REINFORCE to GRPO", "losses.py",
              ("group_advantages", "reinforce", "grpo"), ("_clip", "_aggregate"),
              ("test_losses.py",),
              "advantages in the group, the clip, the mean over tokens, the two losses",
-             "`loss` and `grad_norm` of `--loss grpo`: one is 0, the other is not",
+             "`loss` and `grad_norm`",
              "With one update a step every ratio is 1: why is the loss 0 and the gradient not?"),
     Exercise(4, "attention with a cache", "policy.py",
              ("rotate", "allowed", "KVCache.update", "Attention.forward"), (),
              ("test_policy.py",),
              "rotary positions, who sees whom, grouped-query attention, a cache that grows",
-             "`tokens_s`, and the same without the cache: read the whole answer at each step",
-             "By how much must a cache speed up answers of T tokens, and from which T on?"),
+             "`tokens_s`",
+             "By how much must a cache speed up T tokens, and how much of it do you see?"),
     Exercise(5, "log-probabilities in tiles", "policy.py",
              ("token_logprobs", "TokenLogprobs.forward", "TokenLogprobs.backward"), (),
              ("test_logprobs.py",),
              "first the two lines of the definition; then tile by tile, with its own gradient",
-             "`memory_gb` with the two lines and with tiles, --micro-batch 0",
+             "`memory_gb`, first and later",
              "What is the gradient of the entropy in the logits, and where does it vanish?"),
     Exercise(6, "the sampler", "sample.py", ("sample",), (), ("test_sample.py",),
              "a plain loop over the cache: draw, record, stop",
-             "`cut` and `length`, with the stop token in the mask and without it",
+             "`cut` and `length`, the stop token in the mask and not",
              "What does training optimise when sampling cuts to the top p and scoring does not?"),
     Exercise(7, "one exact step", "train.py", ("train_step",), (), ("test_train.py",),
              "one gradient in (B, T) log-probabilities, pushed through the model in chunks",
-             "log.csv with --micro-batch 0 and with 16, and the columns in which they differ",
+             "log.csv with --micro-batch 0 and with 16, digit by digit",
              "For which aggregators is the mean of chunk losses the loss of the batch?"),
     Exercise(8, "differential smoothing", "losses.py", ("diffsmooth", "diffsmooth_reward"), (),
              ("test_losses.py",),
              "Eq. (6) with both signs, and its form in the reward",
-             "`distinct` and `entropy` against --loss grpo; then with gamma_p negative",
+             "`distinct` and `entropy`, gamma_p of both signs",
              "What does each form do in a group that is all correct, and which one do you want?"),
     Exercise(9, "Pass@k as the objective", "losses.py", ("pkpo",), (), ("test_losses.py",),
              "A = k C(G-c, k-1) / C(G-1, k-1) for the correct",
-             "Pass@1 and Pass@16 of `--loss pkpo --k 4` against grpo",
+             "Pass@1 and Pass@16 of `--loss pkpo --k 4` beside grpo",
              "Derive the factor, and show that one more baseline would bias it."),
     Exercise(10, "your own method", "", (), (), (),
              "a new function in losses.py; its name is a flag, its keywords are too",
-             "the table of `python train.py --loss NAME` beside grpo and diffsmooth",
+             "its table beside grpo and diffsmooth",
              "What would you have to see, on how many seeds, to say that it is better?"),
 )
 
@@ -97,24 +97,24 @@ def blanked_names(one):
 def readme():
     """The README's section."""
     lines = ["## Exercises", "",
-             "`python tests/blank.py OUT` writes a student's copy, in which the functions below have "
-             "lost their bodies and",
+             "`python tests/blank.py OUT` writes a student's copy, in which the functions below "
+             "have lost their bodies and",
              "kept their docstrings; `--only 3 5` blanks some, `--solution 3` puts bodies back. "
              "`python tests/grade.py OUT`",
-             "grades it on one screen: points for **core** (the mathematics) and **care** (padding, "
-             "types, errors), and what is",
+             "grades it on one screen: points for **core** (the mathematics) and **care** "
+             "(padding, types, errors), and what is",
              "wrong in a sentence. `--only 3` is one exercise, `--json` an instructor's sheet. It "
              "runs the code that it grades.",
              "A file of your own goes too: `python tests/grade.py my_losses.py`, or "
              "`IMPL=my_losses pytest tests/test_losses.py`.", ""]
     for one in EXERCISES:
         names = ", ".join(f"`{name}`" for name in one.functions) or "a new function"
-        lines.append(f"{one.number}. **{one.title[0].upper()}{one.title[1:]}**: {names}.\n"
-                     f"   Look at {one.look}. {one.question}")
+        lines.append(f"{one.number}. **{one.title[0].upper()}{one.title[1:]}**: {names}. Look at "
+                     f"{one.look}.\n   {one.question}")
     return "\n".join(lines)
 
 
-# ------------------------------------------------------------------------------ which test grades what
+# --------------------------------------------------------------------------- which test grades what
 
 def graded_by(item):
     """A collected test of pytest -> ("core" or "care", names of the functions that it grades)."""
@@ -127,7 +127,7 @@ def graded_by(item):
     return None, ()
 
 
-# -------------------------------------------------------------------------------------- source surgery
+# ----------------------------------------------------------------------------------- source surgery
 
 def functions_of(source):
     """{name, or Class.name: its ast node} of a file."""
@@ -176,8 +176,8 @@ def blank(source, names, number):
 
 
 def put_back(source, solution, names):
-    """The source with the functions named as they are in the solution; one that the source lacks, or
-    that the solution has not written either, is left as it is."""
+    """The source with the functions named as they are in the solution; one that the source lacks,
+    or that the solution has not written either, is left as it is."""
     lines, ours, nodes = source.split("\n"), functions_of(solution), functions_of(source)
     known = [name for name in names if name in nodes and not is_blank(ours.get(name))]
     for name in sorted(known, key=lambda name: -nodes[name].lineno):

@@ -2,7 +2,7 @@
 
     python tests/grade.py OUT                      # a student's copy, made by blank.py
     python tests/grade.py OUT --only 3 5           # two exercises
-    python tests/grade.py my_losses.py             # a file with some of the functions, by their names
+    python tests/grade.py my_losses.py             # a file with some of the functions, by name
     python tests/grade.py OUT --json sheet.json    # every number, for an instructor's sheet
 
 A line a function: points as passed / asked, in the tests of its mathematics (core) and in those of
@@ -16,9 +16,9 @@ made. (In a student's own copy "here" is the student's work, too.)
 This RUNS THE CODE that it grades, with your rights: it may read and write your files, and one that
 means to can forge its grade. Take a container or a throw-away account for code of strangers. What
 happens by accident does no harm: each exercise runs in processes of its own, with a limit on its
-time, its memory and the size of its files, and what it prints is thrown away. After a crash, an exit
-or a test that hangs the tests behind it are asked again without it, a few times; what is not
-finished then counts as failed.
+time, its memory and the size of its files, and what it prints is thrown away. After a crash or an
+exit the other tests are asked again, a few times; a test that hangs is broken off after --seconds,
+and the third ends the exercise. What is not finished counts as failed.
 """
 import argparse
 import ast
@@ -35,9 +35,8 @@ from pathlib import Path
 from exercises import (EXERCISES, FILES, REPO, blanked_names, exercise, functions_of, graded_by,
                        is_blank, put_back)
 
-TEST_S = 60                    # of one test; one that takes longer hangs
-EXERCISE_S = 300               # of all tests of one exercise
 ATTEMPTS = 4                   # processes for one exercise: one more after each crash
+TESTS = 5                      # an exercise may take so many times the limit of one test
 MEMORY, FILE_SIZE = 12 << 30, 1 << 30                  # bytes
 
 
@@ -47,8 +46,8 @@ class Recorder:
     """A pytest plugin: asks the tests of one exercise, and writes a line of JSON for each event, so
     that what was finished is known however the process ends."""
 
-    def __init__(self, one, results, skip):
-        self.one, self.results, self.skip = one, results, skip
+    def __init__(self, one, results, skip, seconds):
+        self.one, self.results, self.skip, self.seconds = one, results, skip, seconds
         self.hung = 0
 
     def say(self, **event):
@@ -63,17 +62,18 @@ class Recorder:
             if names:
                 asked[item.nodeid] = [part, names]
         self.say(asked=asked)
-        items[:] = [item for item in items if item.nodeid in asked and item.nodeid not in self.skip]
+        items[:] = [item for item in items
+                    if item.nodeid in asked and not {item.nodeid, "all"} & self.skip]
 
     def pytest_runtest_logstart(self, nodeid):
         self.say(began=nodeid)
         if hasattr(signal, "SIGALRM"):
             signal.signal(signal.SIGALRM, self.alarm)
-            signal.alarm(TEST_S)
+            signal.alarm(self.seconds)
 
     def alarm(self, number, frame):
         self.hung += 1
-        raise TimeoutError(f"not finished after {TEST_S} s: does a loop never end?")
+        raise TimeoutError(f"not finished after {self.seconds} s: does a loop never end?")
 
     def pytest_runtest_logreport(self, report):
         if report.skipped:
@@ -92,7 +92,7 @@ class Recorder:
 
 
 def sentence(report):
-    """What a failure says, in one line; where it is an error in the code handed in, with its place."""
+    """What a failure says, in one line; an error in the code handed in with its place."""
     crash = getattr(report.longrepr, "reprcrash", None)
     text = (crash.message if crash else str(report.longrepr)).strip()
     for word in ("AssertionError: ", "Failed: "):
@@ -105,7 +105,7 @@ def sentence(report):
     return text
 
 
-def child(number, results, skip):
+def child(number, results, skip, seconds):
     """In the temporary copy: run the tests of exercise `number`."""
     try:
         import resource
@@ -123,13 +123,13 @@ def child(number, results, skip):
     pytest.main([*(str(here / file) for file in one.tests), "-q", "-s", "-m", "core or care",
                  "--tb=short", "--assert=plain", "-p", "no:cacheprovider",
                  "-p", "no:unraisableexception", "-p", "no:faulthandler"],
-                plugins=[Recorder(one, results, skipped)])
+                plugins=[Recorder(one, results, skipped, int(seconds))])
 
 
-# ------------------------------------------------------------------------------- in the grader's own
+# ------------------------------------------------------------------------------ in the grader's own
 
 def handed_in(path):
-    """FOLDER or FILE -> {file of ours: (source handed in, whether it stands for the whole file)}."""
+    """FOLDER or FILE -> {file of ours: (source handed in, whether it is the whole file)}."""
     if path.is_dir():
         found = {file: ((path / file).read_text(errors="replace"), True) for file in FILES
                  if (path / file).is_file()}
@@ -176,13 +176,13 @@ def prepare(folder, one, source, whole):
     (folder / one.file).write_text(source)
 
 
-def ask(folder, one, limit, skip=()):
+def ask(folder, one, limit, seconds, skip=()):
     """Run the tests of the exercise in `folder` -> (events, why it ended early or None)."""
     results, to_skip = folder / "results.jsonl", folder / "skip.json"
     results.write_text("")
     to_skip.write_text(json.dumps(sorted(skip)))
     command = [sys.executable, str(folder / "tests" / "grade.py"), "--child", str(one.number),
-               str(results), str(to_skip)]
+               str(results), str(to_skip), str(seconds)]
     environment = {key: value for key, value in os.environ.items() if key != "IMPL"}
     environment |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "TOKENIZERS_PARALLELISM": "false",
                     "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
@@ -211,8 +211,8 @@ def ask(folder, one, limit, skip=()):
     return events, why
 
 
-def grade(one, source, whole):
-    """One exercise -> {function: {"written", "core": [passed, asked], "care": ..., "says"}}."""
+def grade(one, source, whole, seconds=60):
+    """One exercise, seconds for one test -> {function: {"written", "core": [passed, asked], "care": ..., "says"}}."""
     empty = {"written": False, "core": [0, 0], "care": [0, 0], "says": None}
     try:
         there = written(one, source)
@@ -224,12 +224,12 @@ def grade(one, source, whole):
     if not any(there.values()):
         return card
     outcome, asked, began, why = {}, {}, None, None
-    deadline = time.time() + EXERCISE_S
+    deadline = time.time() + TESTS * seconds
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as top:
         for attempt in range(ATTEMPTS):
             folder = Path(top).resolve() / str(attempt)
             prepare(folder, one, source, whole)
-            events, why = ask(folder, one, deadline - time.time(), outcome)
+            events, why = ask(folder, one, deadline - time.time(), seconds, outcome)
             began = None
             for event in events:
                 asked = asked or event.get("asked", {})
@@ -238,7 +238,7 @@ def grade(one, source, whole):
                     if event.get(kind) in asked:       # a test that failed stays failed
                         outcome.setdefault(event[kind], (kind, event.get("said")))
             if began and began not in outcome:
-                outcome[began] = "failed", (why or "the process ended in the midst of a test: exit?")
+                outcome[began] = "failed", why or "the process ended in the midst of a test: exit?"
             enough = any("enough" in event for event in events) or time.time() > deadline
             if not asked or enough or all(test in outcome for test in asked):
                 break
@@ -246,7 +246,7 @@ def grade(one, source, whole):
             why = why or f"{one.file} cannot be imported; try: python -c 'import {one.file[:-3]}'"
             folder = Path(top).resolve() / "blank"
             prepare(folder, one, (REPO / one.file).read_text(), True)
-            asked = next((event["asked"] for event in ask(folder, one, EXERCISE_S, ["all"])[0]
+            asked = next((event["asked"] for event in ask(folder, one, 600, seconds, ["all"])[0]
                           if "asked" in event), {})
     first = {}                                         # function: a sentence of its core
     for test, (part, names) in asked.items():
@@ -260,7 +260,8 @@ def grade(one, source, whole):
                 first.setdefault((name, part, " what you get with" in said), said)
     for name in card:
         order = [("core", True), ("core", False), ("care", True), ("care", False)]
-        card[name]["says"] = next((first[name, *key] for key in order if (name, *key) in first), None)
+        found = [first[name, *key] for key in order if (name, *key) in first]
+        card[name]["says"] = found[0] if found else None
     return card
 
 
@@ -290,6 +291,8 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("path", type=Path, metavar="FOLDER_OR_FILE")
     parser.add_argument("--only", type=int, nargs="+", metavar="N", help="these exercises alone")
+    parser.add_argument("--seconds", type=int, default=60, metavar="N",
+                        help="limit of one test; of an exercise five times that (default: 60)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers")
     args = parser.parse_args(argv)
     chosen = [exercise(number) for number in args.only] if args.only else EXERCISES
@@ -297,7 +300,7 @@ def main(argv=None):
     print(f"{'exercise':48s}{'core':>9s}{'care':>9s}", flush=True)
     for one in chosen:
         if one.file in sources:
-            cards[one.number] = grade(one, *sources[one.file])
+            cards[one.number] = grade(one, *sources[one.file], args.seconds)
             print(*lines_of(one, cards[one.number]), sep="\n", flush=True)
     if args.json:
         args.json.write_text(json.dumps({"path": str(args.path), "exercises": cards}, indent=1))

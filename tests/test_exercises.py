@@ -1,16 +1,14 @@
-"""The course's three programs: the table names what is there, a student's copy is ours without bodies, a scorecard
-survives what it grades.
+"""The course's three programs: the table names what is there, a student's copy is ours without
+bodies, a scorecard survives what it grades.
 
-Bugs killed here: a function of the table that was renamed, an exercise without a grader, a mark that names nothing, a
-docstring or signature lost with the body, a neighbour's body lost, bodies that do not come back, a test that a function
-without a body passes, points for what is not written, a hang or an exit that takes the grader or other points with it.
+Bugs killed here: a function of the table that was renamed, an exercise without a grader, a mark that
+names nothing, a docstring or signature lost with the body, a neighbour's body lost, bodies that do
+not come back, a test that a function without a body passes, points for what is not written, an exit
+that takes other points with it.
 """
 import ast
 import json
-import subprocess
-import sys
 import types
-from pathlib import Path
 
 import pytest
 
@@ -24,7 +22,8 @@ def source(one):
 
 
 GRADED = [one for one in EXERCISES if one.file]
-SOLVED = not any(is_blank(functions_of(source(one)).get(name)) for one in GRADED for name in one.functions)
+SOLVED = not any(is_blank(functions_of(source(one)).get(name))
+                 for one in GRADED for name in one.functions)
 needs_solution = pytest.mark.skipif(not SOLVED, reason="this is a student's copy")
 
 
@@ -34,7 +33,8 @@ def test_the_table_names_what_is_there():
         missing = set(exercises.blanked_names(one)) - set(functions_of(source(one)))
         assert not missing, f"exercise {one.number}: {one.file} has no {missing}"
         for name in one.functions:
-            assert ast.get_docstring(functions_of(source(one))[name]) or "." in name, f"{name} says nothing to a student"
+            said = ast.get_docstring(functions_of(source(one))[name])
+            assert said or "." in name, f"{name} says nothing to a student"
 
 
 def marks_in(file):
@@ -55,31 +55,37 @@ def test_every_function_has_a_grader_and_every_mark_a_function():
             continue
         marks = set().union(*map(marks_in, one.tests))
         for name in one.functions:
-            assert {("core", name), ("care", name)} <= marks, f"{name} needs core and care tests in {one.tests}"
-        known = {name for other in GRADED if set(other.tests) & set(one.tests) for name in other.functions}
+            assert {("core", name), ("care", name)} <= marks, f"{name}: core and care in {one.tests}"
+        known = {name for other in GRADED if other.tests == one.tests for name in other.functions}
         assert {name for _, name in marks} <= known, "a mark names no function of the table"
 
 
 def test_which_function_a_test_grades():
     def item(name, part, *args):
         mark = types.SimpleNamespace(args=args)
-        return types.SimpleNamespace(name=name, get_closest_marker=lambda asked: mark if asked == part else None)
+        return types.SimpleNamespace(
+            name=name, get_closest_marker=lambda asked: mark if asked == part else None)
 
-    assert exercises.graded_by(item("test_clip[grpo-1.5-0.2]", "core")) == ("core", ("grpo",))
-    assert exercises.graded_by(item("test_worked_batch[rloo, beta .04]", "core")) == ("core", ("rloo",))
-    assert exercises.graded_by(item("test_parse[1+2]", "care", "parse")) == ("care", ("parse",))
-    assert exercises.graded_by(item("test_signature[grpo]", "care")) == (None, ()), "holds without a body: no point"
-    assert exercises.graded_by(item("test_other", None)) == (None, ())
+    def graded(*words):
+        return exercises.graded_by(item(*words))
+
+    assert graded("test_clip[grpo-1.5-0.2]", "core") == ("core", ("grpo",))
+    assert graded("test_worked_batch[rloo, beta .04]", "core") == ("core", ("rloo",))
+    assert graded("test_parse[1+2]", "care", "parse") == ("care", ("parse",))
+    assert graded("test_signature[grpo]", "care") == (None, ()), "holds without a body: no point"
+    assert graded("test_other", None) == (None, ())
 
 
 @needs_solution
 def test_a_copy_loses_bodies_and_nothing_else_and_gets_them_back(tmp_path):
-    """Signatures, docstrings and all other functions stay; with --solution the files are ours byte for byte, so that what
-    passes here passes there."""
+    """Signatures, docstrings and all other functions stay; with --solution the files are ours byte
+    for byte, so that what passes here passes there."""
     assert blank.main([str(tmp_path / "out")]) == 0
-    blanked = {(one.file, name): one.number for one in GRADED for name in exercises.blanked_names(one)}
+    blanked = {(one.file, name): one.number
+               for one in GRADED for name in exercises.blanked_names(one)}
     for file in exercises.FILES:
-        ours, theirs = (functions_of((folder / file).read_text()) for folder in (REPO, tmp_path / "out"))
+        ours, theirs = (functions_of((folder / file).read_text())
+                        for folder in (REPO, tmp_path / "out"))
         assert list(ours) == list(theirs)
         for name in ours:
             assert ast.get_docstring(ours[name]) == ast.get_docstring(theirs[name])
@@ -89,7 +95,8 @@ def test_a_copy_loses_bodies_and_nothing_else_and_gets_them_back(tmp_path):
                 assert f"exercise {blanked[file, name]}" in ast.unparse(theirs[name])
             else:
                 assert ast.dump(ours[name]) == ast.dump(theirs[name]), f"{name} is no exercise"
-    assert blank.main([str(tmp_path / "out"), "--solution", *(str(one.number) for one in GRADED)]) == 0
+    numbers = [str(one.number) for one in GRADED]
+    assert blank.main([str(tmp_path / "out"), "--solution", *numbers]) == 0
     for file in [*REPO.glob("*.py"), *REPO.glob("tests/*.py")]:
         assert file.read_bytes() == (tmp_path / "out" / file.relative_to(REPO)).read_bytes(), file
 
@@ -100,19 +107,22 @@ def test_only_some_are_blank_and_one_comes_back(tmp_path):
     losses = tmp_path / "out" / "losses.py"
     assert {name for name, node in functions_of(losses.read_text()).items() if is_blank(node)} == {
         *exercises.blanked_names(exercises.exercise(3))}
-    mine = losses.read_text().replace('raise NotImplementedError("exercise 3: reinforce is yours to write")', "return 3")
+    mine = losses.read_text().replace(
+        'raise NotImplementedError("exercise 3: reinforce is yours to write")', "return 3")
     losses.write_text(mine)
     blank.main([str(tmp_path / "out"), "--solution", "2"])
-    assert losses.read_text() == mine and (tmp_path / "out" / "eval.py").read_text() == (REPO / "eval.py").read_text()
+    assert losses.read_text() == mine, "what is written must not be touched"
+    assert (tmp_path / "out" / "eval.py").read_text() == (REPO / "eval.py").read_text()
     for words, says in (([tmp_path / "out"], "exists"), ([tmp_path, "--solution", "1"], "not a copy"),
-                        ([tmp_path / "new", "--only", "11"], "no exercise 11"), ([REPO / "tests" / "x"], "inside tests/")):
+                        ([tmp_path / "new", "--only", "11"], "no exercise 11"),
+                        ([REPO / "tests" / "x"], "inside tests/")):
         with pytest.raises(SystemExit, match=says):
             blank.main([*map(str, words)])
 
 
 def test_a_scorecard_names_the_mistake_and_survives_an_exit():
-    """The plug-in estimate in a file of its own, which prints on and on and ends the process where k > n: the points of
-    all other tests are still there."""
+    """The plug-in estimate in a file of its own, which prints on and on and ends the process where
+    k > n: the points of all other tests are still there."""
     mine = """
 import os
 def pass_at_k(n, c, k):
@@ -126,27 +136,29 @@ def pass_at_k(n, c, k):
 
 @needs_solution
 def test_every_test_of_an_exercise_fails_without_its_body_and_passes_with_it(monkeypatch):
-    one = exercises.exercise(2)                        # the quickest; `python tests/grade.py .` is the same for all
+    one = exercises.exercise(2)                        # the quickest
     monkeypatch.setattr(grade, "written", lambda one, source: dict.fromkeys(one.functions, True))
     without = grade.grade(one, exercises.blank(source(one), one.functions, 2), True)["pass_at_k"]
     given = grade.grade(one, source(one), True)["pass_at_k"]
-    assert without["core"][0] == without["care"][0] == 0 and "exercise 2" in without["says"], without
+    assert without["core"][0] == without["care"][0] == 0, without
+    assert "exercise 2" in without["says"], without
     assert given["core"][0] == given["core"][1] == without["core"][1] > 5, given
     assert given["care"][0] == given["care"][1] == without["care"][1] > 2, given
 
 
 def test_what_is_not_written_is_no_failure(tmp_path, capsys):
-    file = tmp_path / "eval.py"
-    file.write_text(exercises.blank(source(exercises.exercise(2)), ["pass_at_k"], 2) if SOLVED else source(exercises.exercise(2)))
+    file, one = tmp_path / "eval.py", exercises.exercise(2)
+    blank_already = is_blank(functions_of(source(one))["pass_at_k"])
+    file.write_text(source(one) if blank_already else exercises.blank(source(one), one.functions, 2))
     assert grade.main([str(file), "--json", str(tmp_path / "sheet.json")]) == 0
     assert capsys.readouterr().out.splitlines()[1].split()[-2:] == ["-", "-"]
     sheet = json.loads((tmp_path / "sheet.json").read_text())["exercises"]["2"]["pass_at_k"]
     assert sheet == {"written": False, "core": [0, 0], "care": [0, 0], "says": None}
     file.write_text("def pass_at_k(n, c, k) return 1")
-    assert "cannot be read" in grade.grade(exercises.exercise(2), file.read_text(), True)["pass_at_k"]["says"]
+    assert "cannot be read" in grade.grade(one, file.read_text(), True)["pass_at_k"]["says"]
 
 
 def test_the_readme_has_the_section_that_the_table_makes():
-    text = subprocess.run([sys.executable, str(REPO / "tests" / "exercises.py")], capture_output=True, text=True).stdout
-    assert text.strip() in (REPO / "README.md").read_text(), "put the output of tests/exercises.py into README.md"
+    text = exercises.readme()
+    assert text in (REPO / "README.md").read_text(), "README.md: put in what exercises.py prints"
     assert len(text.splitlines()) <= 28

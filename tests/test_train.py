@@ -439,7 +439,10 @@ def test_the_gradient_of_the_whole_batch_is_named(micro_batch):
 
     whole = probed(slopes())
     chunks = [probed(slopes(slice(i, i + (micro_batch or 12)))) for i in range(0, 12, micro_batch or 12)]
-    train.train_step(policy, Still(policy), rollout, REWARDS, loss_fn, G, temperature=0.7, micro_batch=micro_batch, grad_clip=1e9)
+    value, plain = (loss_fn(logp, logp, rollout.mask, REWARDS, G, entropy=entropy)[0].item()
+                    for logp, entropy in (naive_score(policy, rollout, T) for T in (0.7, 1.0)))
+    stats = train.train_step(policy, Still(policy), rollout, REWARDS, loss_fn, G, temperature=0.7, micro_batch=micro_batch, grad_clip=1e9)
+    check(f"stats['loss'] with micro_batch {micro_batch}", stats["loss"], value, 1e-4, 1e-4, bugs={"a temperature of 1 in the score": plain})
     grads = [torch.zeros_like(w) if w.grad is None else w.grad for w in policy.parameters()]
     linear = lambda parts: torch.cat([whole[:1] * 0, sum(parts)[1:]])           # norms do not add up
     check(f"the gradient with micro_batch {micro_batch}, probed in two directions", linear([probed(grads)]), linear([whole]), 1e-4, 1e-3,
@@ -458,7 +461,7 @@ def test_old_log_probabilities_are_used():
     policy, tokenizer = small()
     rollout = rollout_of(policy, tokenizer)
     logp, entropy = (x.detach() for x in naive_score(policy, rollout, 1.0))
-    old = torch.where(rollout.mask, logp - 0.1, 0.0)
+    old = torch.where(rollout.mask, logp - 0.15 * REWARDS[:, None], 0.0)     # by one factor each, A would cancel
     right, same = (losses.grpo(logp, x, rollout.mask, REWARDS, G)[0].item() for x in (old, logp))
     stats = train.train_step(policy, Still(policy), rollout, REWARDS, losses.grpo, G, old_logp=old)
     check("stats['loss'] with old_logp given", stats["loss"], right, 1e-4, 1e-4,
