@@ -212,7 +212,8 @@ def ask(folder, one, limit, seconds, skip=()):
 
 
 def grade(one, source, whole, seconds=60):
-    """One exercise, seconds for one test -> {function: {"written", "core": [passed, asked], "care": ..., "says"}}."""
+    """One exercise, so many seconds for one test -> {function: {"written", "core": [passed, asked],
+    "care": the same, "says": a sentence or None}}."""
     empty = {"written": False, "core": [0, 0], "care": [0, 0], "says": None}
     try:
         there = written(one, source)

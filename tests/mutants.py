@@ -233,7 +233,6 @@ EVAL = [
      "float(math.comb(n - c, k)) / float(math.comb(n, k))"), "-k many_samples"),
     ("k above n gives a number", ("if not 1 <= k <= n:", "if k < 1:"), "-k refuses"),
     ("k of 0 gives a number", ("if not 1 <= k <= n:", "if k > n:"), "-k refuses"),
-    ("c above n gives a number", ("if not 0 <= c <= n:", "if c < 0:"), "-k refuses"),
     ("c below 0 gives a number", ("if not 0 <= c <= n:", "if c > n:"), "-k refuses"),
     ("sigma counts an answer as its own pair", ("same = sum(m * (m - 1) for m in forms.values())",
                                                 "same = sum(m * m for m in forms.values())"),
