@@ -29,6 +29,7 @@ class Exercise(NamedTuple):
     write: str                 # what to write
     look: str                  # what to look at in a run
     question: str              # its answer needs that run or a derivation
+    together: bool = False     # its functions share inner workings, and are graded as one
 
 
 EXERCISES = (
@@ -58,7 +59,8 @@ EXERCISES = (
              ("test_logprobs.py",),
              "first the two lines of the definition; then tile by tile, with its own gradient",
              "`memory_gb`, first and later",
-             "What is the gradient of the entropy in the logits, and where does it vanish?"),
+             "What is the gradient of the entropy in the logits, and where does it vanish?",
+             together=True),
     Exercise(6, "the sampler", "sample.py", ("sample",), (), ("test_sample.py",),
              "a plain loop over the cache: draw, record, stop",
              "`cut` and `length`, the stop token in the mask and not",

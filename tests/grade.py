@@ -9,13 +9,13 @@ A line a function: points as passed / asked, in the tests of its mathematics (co
 what real batches need besides (care); below it, the first sentence of the core that fails, rather
 one that knows the mistake. `-` stands where nothing is written yet.
 
-Each exercise is graded on its own: in a temporary copy of this repo, with the functions of that
-exercise as they were handed in, and all others as they are here. So a mistake costs where it was
-made. (In a student's own copy "here" is the student's work, too.)
+Each function is graded on its own: in a temporary copy of this repo, with that function as it was
+handed in, its file's helpers too, and all other exercised functions as they are here. So a mistake
+costs where it was made. (In a student's own copy "here" is the student's work, too.)
 
 This RUNS THE CODE that it grades, with your rights: it may read and write your files, and one that
 means to can forge its grade. Take a container or a throw-away account for code of strangers. What
-happens by accident does no harm: each exercise runs in processes of its own, with a limit on its
+happens by accident does no harm: each function runs in processes of its own, with a limit on its
 time, its memory and the size of its files, and what it prints is thrown away. After a crash or an
 exit the other tests are asked again, a few times; a test that hangs is broken off after --seconds,
 and the third ends the exercise. What is not finished counts as failed.
@@ -35,19 +35,19 @@ from pathlib import Path
 from exercises import (EXERCISES, FILES, REPO, blanked_names, exercise, functions_of, graded_by,
                        is_blank, put_back)
 
-ATTEMPTS = 4                   # processes for one exercise: one more after each crash
-TESTS = 5                      # an exercise may take so many times the limit of one test
+ATTEMPTS = 4                   # processes for one function: one more after each crash
+TESTS = 5                      # a function may take so many times the limit of one test
 MEMORY, FILE_SIZE = 12 << 30, 1 << 30                  # bytes
 
 
 # -------------------------------------------------------------------------- in the graded process
 
 class Recorder:
-    """A pytest plugin: asks the tests of one exercise, and writes a line of JSON for each event, so
-    that what was finished is known however the process ends."""
+    """A pytest plugin: asks the tests of some functions, and writes a line of JSON for each event,
+    so that what was finished is known however the process ends."""
 
-    def __init__(self, one, results, skip, seconds):
-        self.one, self.results, self.skip, self.seconds = one, results, skip, seconds
+    def __init__(self, functions, results, skip, seconds):
+        self.functions, self.results, self.skip, self.seconds = functions, results, skip, seconds
         self.hung = 0
 
     def say(self, **event):
@@ -58,7 +58,7 @@ class Recorder:
         asked = {}
         for item in items:
             part, names = graded_by(item)
-            names = [name for name in names if name in self.one.functions]
+            names = [name for name in names if name in self.functions]
             if names:
                 asked[item.nodeid] = [part, names]
         self.say(asked=asked)
@@ -105,8 +105,8 @@ def sentence(report):
     return text
 
 
-def child(number, results, skip, seconds):
-    """In the temporary copy: run the tests of exercise `number`."""
+def child(number, functions, results, skip, seconds):
+    """In the temporary copy: run the tests of some functions of exercise `number`."""
     try:
         import resource
         resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
@@ -123,7 +123,7 @@ def child(number, results, skip, seconds):
     pytest.main([*(str(here / file) for file in one.tests), "-q", "-s", "-m", "core or care",
                  "--tb=short", "--assert=plain", "-p", "no:cacheprovider",
                  "-p", "no:unraisableexception", "-p", "no:faulthandler"],
-                plugins=[Recorder(one, results, skipped, int(seconds))])
+                plugins=[Recorder(functions.split(","), results, skipped, int(seconds))])
 
 
 # ------------------------------------------------------------------------------ in the grader's own
@@ -159,30 +159,30 @@ def written(one, source):
     return {name: not is_blank(nodes.get(name)) for name in one.functions}
 
 
-def prepare(folder, one, source, whole):
-    """A copy of this repo in which the exercise is as it was handed in."""
+def prepare(folder, one, functions, source, whole):
+    """A copy of this repo in which these functions of the exercise are as they were handed in."""
     (folder / "tests").mkdir(parents=True)
     for file in [*REPO.glob("*.py"), *REPO.glob("tests/*.py")]:
         shutil.copy(file, folder / file.relative_to(REPO))
     ours = (REPO / one.file).read_text()
     if whole:
-        others = [name for other in EXERCISES if other.file == one.file and other is not one
-                  for name in blanked_names(other)]
-        source = put_back(source, ours, others)
+        others = {name for other in EXERCISES if other.file == one.file
+                  for name in blanked_names(other)}
+        source = put_back(source, ours, others - {*functions, *one.helpers})
     else:                                              # our file, with what is theirs in its place
         (folder / "answer.py").write_text(source)
-        names = {name.partition(".")[0] for name, there in written(one, source).items() if there}
+        names = {name.partition(".")[0] for name in functions}
         source = ours + f"\n\nfrom answer import {', '.join(sorted(names))}\n"
     (folder / one.file).write_text(source)
 
 
-def ask(folder, one, limit, seconds, skip=()):
-    """Run the tests of the exercise in `folder` -> (events, why it ended early or None)."""
+def ask(folder, one, functions, limit, seconds, skip=()):
+    """Run the tests of these functions in `folder` -> (events, why it ended early or None)."""
     results, to_skip = folder / "results.jsonl", folder / "skip.json"
     results.write_text("")
     to_skip.write_text(json.dumps(sorted(skip)))
     command = [sys.executable, str(folder / "tests" / "grade.py"), "--child", str(one.number),
-               str(results), str(to_skip), str(seconds)]
+               ",".join(functions), str(results), str(to_skip), str(seconds)]
     environment = {key: value for key, value in os.environ.items() if key != "IMPL"}
     environment |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "TOKENIZERS_PARALLELISM": "false",
                     "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
@@ -222,15 +222,21 @@ def grade(one, source, whole, seconds=60):
                 for name in one.functions}
     card = {name: empty | {"written": there[name], "core": [0, 0], "care": [0, 0]}
             for name in one.functions}
-    if not any(there.values()):
-        return card
+    names = [name for name in one.functions if there[name]]
+    for unit in [names] if one.together and names else [[name] for name in names]:
+        count(card, one, unit, source, whole, seconds)
+    return card
+
+
+def count(card, one, functions, source, whole, seconds):
+    """Ask the tests of some functions, and write their lines of the card."""
     outcome, asked, began, why = {}, {}, None, None
     deadline = time.time() + TESTS * seconds
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as top:
         for attempt in range(ATTEMPTS):
             folder = Path(top).resolve() / str(attempt)
-            prepare(folder, one, source, whole)
-            events, why = ask(folder, one, deadline - time.time(), seconds, outcome)
+            prepare(folder, one, functions, source, whole)
+            events, why = ask(folder, one, functions, deadline - time.time(), seconds, outcome)
             began = None
             for event in events:
                 asked = asked or event.get("asked", {})
@@ -246,24 +252,21 @@ def grade(one, source, whole, seconds=60):
         if not asked:                                  # it broke before a test was known
             why = why or f"{one.file} cannot be imported; try: python -c 'import {one.file[:-3]}'"
             folder = Path(top).resolve() / "blank"
-            prepare(folder, one, (REPO / one.file).read_text(), True)
-            asked = next((event["asked"] for event in ask(folder, one, 600, seconds, ["all"])[0]
-                          if "asked" in event), {})
+            prepare(folder, one, functions, (REPO / one.file).read_text(), True)
+            events, _ = ask(folder, one, functions, 600, seconds, ["all"])
+            asked = next((event["asked"] for event in events if "asked" in event), {})
     first = {}                                         # function: a sentence of its core
     for test, (part, names) in asked.items():
         kind, said = outcome.get(test, ("failed", why or "not finished: earlier tests hung"))
-        for name in names:
-            if kind == "skipped" or not there.get(name):
-                continue
+        for name in names if kind != "skipped" else ():
             card[name][part][1] += 1
             card[name][part][0] += kind == "passed"
             if kind == "failed":
                 first.setdefault((name, part, " what you get with" in said), said)
-    for name in card:
+    for name in functions:
         order = [("core", True), ("core", False), ("care", True), ("care", False)]
         found = [first[name, *key] for key in order if (name, *key) in first]
-        card[name]["says"] = found[0] if found else None
-    return card
+        card[name]["says"] = found[0] if found else None if asked else "its tests could not be run"
 
 
 def points(pair):
@@ -293,7 +296,7 @@ def main(argv=None):
     parser.add_argument("path", type=Path, metavar="FOLDER_OR_FILE")
     parser.add_argument("--only", type=int, nargs="+", metavar="N", help="these exercises alone")
     parser.add_argument("--seconds", type=int, default=60, metavar="N",
-                        help="limit of one test; of an exercise five times that (default: 60)")
+                        help="limit of one test; of a function five times that (default: 60)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers")
     args = parser.parse_args(argv)
     chosen = [exercise(number) for number in args.only] if args.only else EXERCISES

@@ -442,7 +442,6 @@ def test_the_gradient_of_the_whole_batch_is_named(micro_batch):
     value, plain = (loss_fn(logp, logp, rollout.mask, REWARDS, G, entropy=entropy)[0].item()
                     for logp, entropy in (naive_score(policy, rollout, T) for T in (0.7, 1.0)))
     stats = train.train_step(policy, Still(policy), rollout, REWARDS, loss_fn, G, temperature=0.7, micro_batch=micro_batch, grad_clip=1e9)
-    check(f"stats['loss'] with micro_batch {micro_batch}", stats["loss"], value, 1e-4, 1e-4, bugs={"a temperature of 1 in the score": plain})
     grads = [torch.zeros_like(w) if w.grad is None else w.grad for w in policy.parameters()]
     linear = lambda parts: torch.cat([whole[:1] * 0, sum(parts)[1:]])           # norms do not add up
     check(f"the gradient with micro_batch {micro_batch}, probed in two directions", linear([probed(grads)]), linear([whole]), 1e-4, 1e-3,
@@ -453,6 +452,7 @@ def test_the_gradient_of_the_whole_batch_is_named(micro_batch):
                         "the entropy's gradient dropped": linear([probed(slopes(bonus=False))]), "the sign": -linear([whole]),
                         "no gradient at all: is the loss cut off?": 0 * whole})
     check("the norm of the gradient", probed(grads)[0], whole[0], 1e-4, 1e-3)
+    check(f"stats['loss'] with micro_batch {micro_batch}", stats["loss"], value, 1e-4, 1e-4, bugs={"a temperature of 1 in the score": plain})
 
 
 @core("train_step")
