@@ -2,9 +2,9 @@
 bodies, a scorecard survives what it grades.
 
 Bugs killed here: a function of the table that was renamed, an exercise without a grader, a mark
-that names nothing, a docstring or signature lost with the body, a neighbour's body lost, bodies that
-do not come back, a test that a function without a body passes, points for what is not written, an exit
-that takes other points with it.
+that names nothing, a docstring or signature lost with the body, a neighbour's body lost, bodies
+that do not come back, a test that a function without a body passes, points for what is not written,
+an exit that takes other points with it.
 """
 import ast
 import json
