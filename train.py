@@ -1,7 +1,7 @@
 """The loop, written by hand: sample -> reward -> loss -> update.
 
     python train.py --loss diffsmooth          # tiny policy, Countdown, two CPU cores, minutes
-    python train.py --loss grpo                # the baseline; its table has a column for each of both
+    python train.py --loss grpo                # the baseline; its table has a column for both
 
 One step, in `run`:
 1. Draw G answers to each of some problems; an answer earns 1 or 0.                        collect
@@ -12,7 +12,7 @@ So a loss sees the whole batch, and the update is the same however the batch is 
 (`--micro-batch`, the one memory knob) or over processes (torchrun).
 
 Without --model, the policy is a tiny one that first learns to answer at all, by cross-entropy on
-answers that are right by construction (`warm_start`). It is made once, kept in runs/base, and is the
+answers that are right by construction (`warm_start`). It is made once and kept in runs/base: the
 base that all runs start from and are measured against.
 
 Letters: B rows = prompts x G, the rows of one prompt contiguous; T response length.
@@ -72,7 +72,8 @@ def run(args, typed):
     done = restore(folder, policy, optimizer, rng, generator, args)
     log, bad = open_log(folder / "log.csv", done), 0
     again = command(typed, "--resume")
-    stop = on_signal(f"stopped within a step; go on from the last checkpoint with: {again}", wait=True)
+    stop = on_signal(f"stopped within a step; go on from the last checkpoint with: {again}",
+                     wait=True)
     for step in tqdm(range(done + 1, args.steps + 1), initial=done, total=args.steps,
                      disable=not sys.stderr.isatty()):
         began = time.time()
@@ -81,8 +82,8 @@ def run(args, typed):
         problems, rollout, rewards = collect(policy, tokenizer, task, args, rng, generator)
         sampled = time.time()
 
-        # 2. One loss on the whole batch, one exact gradient. With --updates > 1, on slices of the
-        #    batch: the first is on-policy, and for the others old_logp is of the weights that sampled.
+        # 2. One loss on the whole batch, one exact gradient. With --updates > 1 on slices of it: the
+        #    first is on-policy, and the others need the log-probabilities of the sampling weights.
         lr = set_rate(optimizer, learning_rate(step, args))
         ref_logp = score_all(reference, rollout, args) if reference else None
         old_logp = score_all(policy, rollout, args) if args.updates > 1 else None
@@ -109,10 +110,10 @@ def run(args, typed):
         bad = bad + 1 if stats["bad"] else 0
         if bad == BAD_STEPS:
             newest = max((folder / "checkpoints").glob("*.safetensors"), default="none yet")
-            raise ValueError(f"{BAD_STEPS} steps in a row gave a NaN or infinite gradient; the last "
-                             f"good checkpoint is {newest}: go on from it with --resume and a "
-                             "smaller --lr.")
-        leave = gather(torch.tensor([float(len(stop))])).any()     # a signal, to any of the processes
+            raise ValueError(f"{BAD_STEPS} steps in a row gave a NaN or infinite gradient; the "
+                             f"last good checkpoint is {newest}: go on from it with --resume "
+                             "and a smaller --lr.")
+        leave = gather(torch.tensor([float(len(stop))])).any()     # a signal, to any process
         if step % args.save_every == 0 or step == args.steps or leave:
             save_checkpoint(folder / "checkpoints", policy, optimizer, step, rng, generator)
         if leave:
@@ -128,8 +129,8 @@ def run(args, typed):
 
 
 def collect(policy, tokenizer, task, args, rng, generator):
-    """Draw problems and answers, and judge them -> (problems, rollout, rewards (B,)), where B rows are
-    this process's prompts x G.
+    """Draw problems and answers, and judge them -> (problems, rollout, rewards (B,)), where the B
+    rows are this process's prompts x G.
 
     --dynamic-sampling N (DAPO): groups that are all right or all wrong are thrown away and drawn
     again, at most N times; if that was not enough, the last draw fills the batch. It is decided on
@@ -250,8 +251,8 @@ FREE = ("steps", "lr", "micro_batch", "rows", "save_every", "show_every", "eval_
 
 
 def learning_rate(step, args):
-    """Step 1, 2, ... -> its rate. --lr is reached after --warmup steps, and then falls in a straight
-    line that would be 0 one step after the last. lr 1, warmup 2, steps 5: 0.5, 1, 0.75, 0.5, 0.25."""
+    """Step 1, 2, ... -> its rate. It rises to --lr in --warmup steps, and then falls in a straight
+    line, to 0 one step after the last. lr 1, warmup 2, steps 5: 0.5, 1, 0.75, 0.5, 0.25."""
     warmup = max(1, args.warmup)
     rise = step / warmup
     fall = (args.steps + 1 - step) / max(1, args.steps + 1 - warmup)
@@ -271,8 +272,8 @@ def make_optimizer(policy, lr):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose step is made orthogonal for the matrices of the blocks (Jordan et al. 2024), so
-    that rare directions learn as fast as common ones; AdamW at 0.4 of the rate for all else.
+    """Momentum whose step is made orthogonal for the matrices of the blocks (Jordan et al. 2024),
+    so that rare directions learn as fast as common ones; AdamW at 0.4 of the rate for all else.
 
     The warm start takes half the steps with it. torch.optim.Muon has it too, in bf16 only, which a
     CPU without bf16 units does ten times as slowly.
@@ -296,7 +297,8 @@ class Muon(torch.optim.Optimizer):
             momentum = self.state[w].setdefault("momentum", torch.zeros_like(w))
             momentum.lerp_(w.grad, 0.05)
             update = orthogonal(w.grad.lerp(momentum, 0.95))                # Nesterov's look ahead
-            w.mul_(1 - 0.1 * lr).sub_(update, alpha=0.2 * lr * max(w.shape) ** 0.5)    # AdamW's size
+            size = 0.2 * max(w.shape) ** 0.5           # an entry moves as far as with AdamW
+            w.mul_(1 - 0.1 * lr).sub_(update, alpha=size * lr)
         set_rate(self.others, 0.4 * lr)
         self.others.step()
 
@@ -314,7 +316,7 @@ def orthogonal(x):
 
 
 def score_all(policy, rollout, args):
-    """log-probabilities of the whole rollout, (B, T), without gradient, in chunks of --micro-batch."""
+    """log-probabilities of the whole rollout (B, T), without gradient, by chunks of --micro-batch."""
     rows = torch.arange(len(rollout.mask), device=rollout.mask.device)
     with torch.no_grad():
         return torch.cat([score(policy, rollout, chunk, args.group_size, args.temperature)[0]
@@ -360,7 +362,7 @@ def facts(step, task, problems, rollout, rewards, group_size):
 
 
 def costs(rollout, sampling, updating):
-    """Seconds, tokens a second, and the peak of memory so far in GiB (0 where the system is mute)."""
+    """Seconds, tokens a second, and the peak of memory so far in GiB (0 where no one tells)."""
     peak = 0
     if rollout.tokens.is_cuda:
         peak = torch.cuda.max_memory_allocated()
@@ -377,7 +379,7 @@ def open_log(path, done):
         return None
     lines = path.read_text().splitlines() if done and path.is_file() else []
     aside = path.with_suffix(".tmp")
-    aside.write_text("".join(line + "\n" for line in lines[:done + 1]))     # the head, a line a step
+    aside.write_text("".join(line + "\n" for line in lines[:done + 1]))     # head, a line a step
     os.replace(aside, path)
     return open(path, "a", newline="")
 
@@ -404,9 +406,9 @@ def command(typed, *more):
 
 
 def on_signal(sentence, wait=False):
-    """From now on Ctrl-C and SIGTERM end the process with `sentence`. With `wait` they are only noted
-    in the list that is returned, and the loop leaves after its step; but the third does not wait
-    (under torchrun each comes twice: from the terminal, and passed on)."""
+    """From now on Ctrl-C and SIGTERM end the process with `sentence`. With `wait` they are only
+    noted in the list that is returned, and the loop leaves after its step; but the third does not
+    wait (under torchrun each comes twice: from the terminal, and passed on)."""
     noted = []
 
     def handler(number, frame):
@@ -423,8 +425,8 @@ def complain(step, stats, rollout, rows):
     """Which rows made the gradient NaN or infinite, with their text."""
     named = [f"row {int(rows[row])} {rollout.texts[rows[row]][:200]!r}"
              for row in stats["bad_rows"]]
-    return (f"step {step} is skipped, weights and optimiser stay as they were: loss {stats['loss']}, "
-            f"gradient norm {stats['grad_norm']}, caused by "
+    return (f"step {step} is skipped, weights and optimiser stay as they were: loss "
+            f"{stats['loss']}, gradient norm {stats['grad_norm']}, caused by "
             f"{', '.join(named[:3]) or 'no row alone'}" + " and others" * (len(named) > 3))
 
 
@@ -439,7 +441,7 @@ def world():
 
 
 def start_processes(args):
-    """Join the other processes of torchrun, if it started this one -> (device, activation dtype)."""
+    """Join the other processes, if torchrun started this one -> (device, activation dtype)."""
     if "LOCAL_RANK" in os.environ and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     device, dtype = pick_device(args.device)
@@ -520,7 +522,7 @@ def start_policy(args, device, dtype):
 
 
 def make_base(base, args, device):
-    """Warm-start a tiny policy and save it as the folder `base`, which is there whole or not at all."""
+    """Warm-start a tiny policy and save it as the folder `base`, whole or not at all."""
     if world() > 1:
         raise ValueError(f"'{base}' is not there yet: make it once in a single process, without "
                          "torchrun.")
@@ -575,7 +577,8 @@ def open_run(folder, args):
                 print(f"{key} was {before.get(key)} and is {getattr(args, key)} from here on"
                       + ", and the learning rate falls to 0 there" * falls + ".")
     elif args.resume:
-        raise ValueError(f"there is no run to resume in '{folder}': without --resume it is started.")
+        raise ValueError(f"there is no run to resume in '{folder}': without --resume it is "
+                         "started.")
     elif folder.exists() and {file.name for file in folder.iterdir()} - {"lock", "flags.json.tmp"}:
         raise ValueError(f"'{folder}' is not empty and holds no run: choose another --name.")
     folder.mkdir(parents=True, exist_ok=True)
@@ -612,8 +615,8 @@ def restore(folder, policy, optimizer, rng, generator, args):
 # ------------------------------------------------------------------------------------- checkpoints
 
 def save_checkpoint(folder, policy, optimizer, step, rng, generator):
-    """One safetensors file with weights, optimiser state and all random states, on disk whole or not
-    at all; the last two are kept. Sharded state is gathered in the first process only."""
+    """One safetensors file with weights, optimiser state and all random states, on disk whole or
+    not at all; the last two are kept. Sharded state is gathered in the first process only."""
     from safetensors.torch import save_file
     gathered = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights, optimiser = get_state_dict(policy, optimizer, options=gathered)
@@ -636,7 +639,7 @@ def save_checkpoint(folder, policy, optimizer, step, rng, generator):
     os.replace(aside / file.name, file)
     aside.rmdir()
     files = sorted(folder.glob("*.safetensors"))
-    place = files.index(file)                          # later ones are damaged: we began before them
+    place = files.index(file)                          # later ones are damaged: it began before
     for other in files[:max(0, place - 1)] + files[place + 1:]:
         other.unlink()
 
@@ -674,13 +677,13 @@ def load_checkpoint(folder, policy, optimizer, rng, generator):
     if len(generators) == world():
         generator.set_state(generators[rank()].clone())
     elif rank() == 0:
-        print(f"the run had {len(generators)} processes and has {world()} now: it goes on with other "
-              "draws.")
+        print(f"the run had {len(generators)} processes and has {world()} now: it goes on with "
+              "other draws.")
     return step
 
 
 def newest_whole(folder):
-    """(step, tensors) of the newest checkpoint that is not damaged; None where there is none yet."""
+    """(step, tensors) of the newest checkpoint that is not damaged; None if there is none yet."""
     from safetensors import SafetensorError, safe_open
     damaged = []
     for file in sorted(folder.glob("*.safetensors"), reverse=True):
@@ -712,7 +715,7 @@ def digest(tensors, facts):
 
 
 def save_model(policy, tokenizer, path):
-    """The trained policy as a folder that transformers opens; sharded weights are gathered first."""
+    """The trained policy as a folder that transformers opens; sharded weights are gathered."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = get_model_state_dict(policy, options=options)
     if rank() == 0:
@@ -751,8 +754,8 @@ def compare(base, folder, task, problems, args, device, dtype):
 
 
 def measured_alike(out, setting, problems, base):
-    """{name: {"fingerprint", "loss", "records"}} of the base and of every finished run in the folder
-    `out` with this task, number of samples, temperature, base (a fingerprint) and these problems."""
+    """{name: {"fingerprint", "loss", "records"}} of the base and of every finished run in `out` with
+    this task, number of samples, temperature, base (a fingerprint) and these problems."""
     wanted, found = json.dumps([setting, [list(problem) for problem in problems]]), {}
     for file in sorted(out.glob("*/eval.json")):
         try:
@@ -788,7 +791,7 @@ def parse(argv):
     flag = parser.add_argument_group("what is optimised").add_argument
     flag("--loss", default="diffsmooth", help="one of: " + ", ".join(variants()))
     flag("--model", help="the base: a folder or hub name; without it, a tiny policy, made once")
-    flag("--base", default="base", help="the tiny policy's folder in --out; another for another task")
+    flag("--base", default="base", help="the tiny policy's folder in --out; one a task")
     flag("--warm-steps", type=int, default=500, help="steps of cross-entropy that make it")
     own = parser.add_argument_group()                  # filled in below
     add_task_flags(parser)
@@ -798,7 +801,7 @@ def parse(argv):
     flag("--temperature", type=float, default=1.0, help="of sampling, and of every log-probability")
     flag("--dynamic-sampling", type=int, default=0,
          help="redraw groups that are all right or all wrong, at most this often")
-    flag("--updates", type=int, default=1, help="optimiser steps a rollout, on parts of the prompts")
+    flag("--updates", type=int, default=1, help="optimiser steps a rollout, each on a part")
     flag("--grad-clip", type=float, default=1.0, help="largest gradient norm")
     flag = parser.add_argument_group("how far and how fast").add_argument
     flag("--steps", type=int, default=1000, help="rollouts")
@@ -818,7 +821,7 @@ def parse(argv):
     flag("--save-every", type=int, default=50, help="steps between checkpoints")
     flag("--show-every", type=int, default=25, help="steps between two answers shown in full")
     flag("--seed", type=int, default=0, help="of problems and answers")
-    flag = parser.add_argument_group("the machine; for less memory, lower the first two").add_argument
+    flag = parser.add_argument_group("the machine (for less memory lower the first two)").add_argument
     flag("--micro-batch", type=int, default=0, help="rows in one forward and backward; 0: all")
     flag("--rows", type=int, default=1024, help="answers sampled at once")
     flag("--device", help="cuda, cpu or mps; without it, cuda where there is one")
@@ -861,12 +864,12 @@ def check(args):
          "--temperature must be above 0: training scores what was sampled.")
     need(0 < args.eval_temperature < math.inf, "--eval-temperature must be above 0.")
     need(args.model or args.task == "countdown" and args.prompt in (None, "bare"),
-         "the tiny policy knows digits and operators only: --task math and --prompt other than bare "
-         "need --model.")
+         "the tiny policy knows digits and operators only: --task math and --prompt other than "
+         "bare need --model.")
     need(0 < args.lr < math.inf and args.grad_clip > 0, "--lr and --grad-clip must be above 0.")
     need(0 <= args.seed < 2 ** 63, "--seed must be from 0 to 2**63 - 1.")
     need(args.name != "base" and (args.name != args.base or args.model),
-         "--name and --base must differ, and no run is called base: it is kept apart from the runs.")
+         "--name and --base must differ, and no run is called base: it is kept apart.")
     need(args.task == "math" or args.eval_data is None, "--eval-data belongs to --task math.")
     need(args.prompts % args.updates == 0,
          f"--updates {args.updates} does not divide --prompts {args.prompts}.")
@@ -892,7 +895,7 @@ def main(argv=None):
     try:
         on_signal(f"stopped before the first step; start again with: {command(argv)}")
         return run(parse(argv), argv)
-    except KeyboardInterrupt as interrupt:             # from on_signal: in the loop a signal only ends the step
+    except KeyboardInterrupt as interrupt:             # from on_signal
         number, sentence = interrupt.args
         print(sentence, file=sys.stderr)
         return 128 + number
@@ -903,8 +906,10 @@ def main(argv=None):
 
 if __name__ == "__main__":
     code = main()
-    if torch.distributed.is_initialized():             # its threads now and then abort a Python that shuts down, whereupon
-        sys.stdout.flush()                             # torchrun ends the other processes, at work or not: so no shutting down
+    # The threads of several processes now and then abort a Python that shuts down, whereupon torchrun
+    # ends the other processes, at work or not: so there is no shutting down.
+    if torch.distributed.is_initialized():
+        sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
