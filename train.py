@@ -82,8 +82,8 @@ def run(args, typed):
         problems, rollout, rewards = collect(policy, tokenizer, task, args, rng, generator)
         sampled = time.time()
 
-        # 2. One loss on the whole batch, one exact gradient. With --updates > 1 on slices of it: the
-        #    first is on-policy, and the others need the log-probabilities of the sampling weights.
+        # 2. One loss on the whole batch, one exact gradient. With --updates > 1, on slices of it:
+        #    the first is on-policy, the others need the log-probabilities of the sampling weights.
         lr = set_rate(optimizer, learning_rate(step, args))
         ref_logp = score_all(reference, rollout, args) if reference else None
         old_logp = score_all(policy, rollout, args) if args.updates > 1 else None
@@ -316,7 +316,7 @@ def orthogonal(x):
 
 
 def score_all(policy, rollout, args):
-    """log-probabilities of the whole rollout (B, T), without gradient, by chunks of --micro-batch."""
+    """log-probabilities of the whole rollout (B, T), without gradient, in --micro-batch chunks."""
     rows = torch.arange(len(rollout.mask), device=rollout.mask.device)
     with torch.no_grad():
         return torch.cat([score(policy, rollout, chunk, args.group_size, args.temperature)[0]
@@ -754,8 +754,8 @@ def compare(base, folder, task, problems, args, device, dtype):
 
 
 def measured_alike(out, setting, problems, base):
-    """{name: {"fingerprint", "loss", "records"}} of the base and of every finished run in `out` with
-    this task, number of samples, temperature, base (a fingerprint) and these problems."""
+    """{name: {"fingerprint", "loss", "records"}} of the base and of every finished run in `out`
+    with this task, number of samples, temperature, base (a fingerprint) and these problems."""
     wanted, found = json.dumps([setting, [list(problem) for problem in problems]]), {}
     for file in sorted(out.glob("*/eval.json")):
         try:
@@ -821,7 +821,7 @@ def parse(argv):
     flag("--save-every", type=int, default=50, help="steps between checkpoints")
     flag("--show-every", type=int, default=25, help="steps between two answers shown in full")
     flag("--seed", type=int, default=0, help="of problems and answers")
-    flag = parser.add_argument_group("the machine (for less memory lower the first two)").add_argument
+    flag = parser.add_argument_group("the machine; less memory: the first two").add_argument
     flag("--micro-batch", type=int, default=0, help="rows in one forward and backward; 0: all")
     flag("--rows", type=int, default=1024, help="answers sampled at once")
     flag("--device", help="cuda, cpu or mps; without it, cuda where there is one")
@@ -906,7 +906,7 @@ def main(argv=None):
 
 if __name__ == "__main__":
     code = main()
-    # The threads of several processes now and then abort a Python that shuts down, whereupon torchrun
+    # Threads of torch.distributed now and then abort a Python that shuts down, whereupon torchrun
     # ends the other processes, at work or not: so there is no shutting down.
     if torch.distributed.is_initialized():
         sys.stdout.flush()
