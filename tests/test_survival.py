@@ -606,7 +606,7 @@ def test_runs_are_measured_on_their_own_task(crime, capsys):
 
 class Odd:
     """A task with any prompts and any reward."""
-    style, system = "bare", ""
+    style, system, problems, notes = "bare", "", None, []
 
     def __init__(self, prompts, reward):
         self.prompts, self.calls, self.verdict = prompts, 0, reward
