@@ -122,7 +122,7 @@ def test_envelope_by_hand():
 def test_gain_over_the_frontier_by_hand():
     """GRPO from (40, 50) to (30, 70), ours from (42, 55) to (32, 75). From 50 to 55 ours has 42,
     GRPO 40 falling to 37.5; from 55 to 70 both fall by half a point a point, 4.5 apart. So +2 at
-    the cold end, +4.5 at the hot one; 21 levels, a point apart: (2 + 2.5 .. + 4 + 16 * 4.5) / 21."""
+    the cold end, +4.5 at the hot one; 21 levels, a point apart: (2 + 2.5 .. 4 + 16 * 4.5) / 21."""
     grpo, ours = [[40, 50], [30, 70]], [[42, 55], [32, 75]]
     points = np.array([ours, grpo], dtype=float)[:, None]                   # (rates, R, T, 2)
     parts = {part: study_page.outside(points, 1, part)[0] for part in ("cold", "hot", "mean")}
@@ -157,8 +157,8 @@ def test_the_page_copes_with_whatever_is_finished(monkeypatch, capsys):
 
 
 def test_a_run_is_measured_on_its_way_and_stays_the_same(monkeypatch, tmp_path):
-    small = ("--loss entropy --entropy_coef 0.1 --steps 2 --prompts 2 --group-size 2 --warm-steps 1 "
-             "--max-new-tokens 4 --save-every 1")
+    small = ("--loss entropy --entropy_coef 0.1 --steps 2 --prompts 2 --group-size 2 "
+             "--warm-steps 1 --max-new-tokens 4 --save-every 1")
     before = {sign: signal.getsignal(sign) for sign in (signal.SIGINT, signal.SIGTERM)}
     weights = []
     for path in ((1, 2), ()):
