@@ -57,17 +57,23 @@ except ImportError:
 
 def run(args, typed):
     """One run, from its base to the table at the end -> exit code. typed: the command line."""
+    # What learns, and on what. All that a user can have got wrong is told here, before any step.
     device, dtype = start_processes(args)              # as many as torchrun started
     policy, tokenizer, base = start_policy(args, device, dtype)
     task, exam = make_tasks(args, tokenizer, policy)   # to train on; (task, problems) to measure on
     folder = Path(args.out) / args.name
     lock = in_first(lambda: open_run(folder, args))    # held until the process ends
+
+    # The loss with its hyperparameters bound; a frozen copy of the base only where a KL term asks.
     own = {name: getattr(args, name) for name in hyperparameters(args.loss)}
     loss_fn = functools.partial(variants()[args.loss], **own)
     reference = copy.deepcopy(policy).requires_grad_(False) if own.get("beta") else None
     policy = shard(policy)
     optimizer = make_optimizer(policy, args.lr)
-    rng = random.Random(args.seed)                     # draws problems; the generator draws answers
+
+    # Two sources of chance, both saved with every checkpoint: rng draws problems, the same in all
+    # processes; generator draws answers, each process its own.
+    rng = random.Random(args.seed)
     generator = torch.Generator(policy.device).manual_seed(args.seed + 7919 * rank())
     done = restore(folder, policy, optimizer, rng, generator, args)
     log, bad = open_log(folder / "log.csv", done), 0
@@ -98,6 +104,7 @@ def run(args, typed):
                 break
 
         # 3. Say what happened, and save.
+        #    Reward first, loss last: at one update a rollout the loss says next to nothing.
         line = facts(step, task, problems, rollout, rewards, args.group_size)
         line |= {name: value for name, value in stats.items() if not name.startswith("bad")}
         line |= {"lr": lr} | costs(rollout, sampled - began, time.time() - sampled)
@@ -144,12 +151,14 @@ def collect(policy, tokenizer, task, args, rng, generator):
     for attempt in range(args.dynamic_sampling + 1):
         drawn = [task.problem(rng) for _ in range(args.prompts)][own]
         prompts = [chat(tokenizer, task.system, task.prompt(x), task.style) for x in drawn]
-        at_once = max(1, args.rows // G)               # their caches are what fills a GPU
+        # The caches of all answers in flight are what fills a GPU, so --rows bounds them.
+        at_once = max(1, args.rows // G)
         rollout = join([sample(policy, tokenizer, prompts[i:i + at_once], G, args.max_new_tokens,
                                args.temperature, generator)
                         for i in range(0, wanted, at_once)], tokenizer.pad_token_id)
         reward = torch.tensor([task.reward(drawn[row // G], text)
                                for row, text in enumerate(rollout.texts)])  # (prompts G,)
+        # Without contrast in a group there is nothing to learn from it in most of the losses.
         accuracy = (reward == 1).view(wanted, G).float().mean(1)            # (prompts,)
         mixed = (accuracy > 0) & (accuracy < 1)
         chosen = torch.argsort(~mixed, stable=True)[:wanted - len(problems)]    # mixed groups first
@@ -201,6 +210,7 @@ def train_step(policy, optimizer, rollout, rewards, loss_fn, group_size, *, temp
         used = [(out, g[chunk]) for out, g in zip(outputs, gradients) if g.any()]
         torch.autograd.backward(*zip(*(used or [(outputs[0], gradients[0][chunk])])))
 
+    # A bad gradient is noticed before it reaches a weight or a moment of AdamW.
     norm = full(torch.nn.utils.clip_grad_norm_(policy.parameters(), grad_clip)).item()
     stats = stats | {"loss": loss.item(), "grad_norm": norm}
     stats["bad"] = not (math.isfinite(norm) and math.isfinite(stats["loss"]))
@@ -229,6 +239,7 @@ def warm_start(policy, tokenizer, task, steps, prompts=64, lr=1e-2, seed=0, say=
             alike = known.setdefault((*sorted(problem.numbers), problem.target), [])
             alike.append(answer)
             fresh.append((task.prompt(problem), alike))
+        # Early on a problem has one known answer, given four times; later they differ.
         texts, answers = [], []
         for text, alike in fresh[:prompts]:
             texts += [text] * G
@@ -378,6 +389,7 @@ def open_log(path, done):
     if rank() > 0:
         return None
     lines = path.read_text().splitlines() if done and path.is_file() else []
+    # Lines of steps after the checkpoint would otherwise stand twice, once they are made again.
     aside = path.with_suffix(".tmp")
     aside.write_text("".join(line + "\n" for line in lines[:done + 1]))     # head, a line a step
     os.replace(aside, path)
@@ -390,7 +402,7 @@ def write_line(log, line):
         writer.writeheader()
     writer.writerow({name: f"{value:.6g}" if isinstance(value, float) else value
                      for name, value in line.items()})
-    log.flush()
+    log.flush()                                        # a killed run keeps its lines
     os.fsync(log.fileno())
 
 
@@ -463,6 +475,7 @@ def gather(x):
         widest = torch.tensor(x.shape[1], device=x.device)
         torch.distributed.all_reduce(widest, torch.distributed.ReduceOp.MAX)
         x = F.pad(x, (0, int(widest) - x.shape[1]))
+    # Each process drew answers of its own lengths, and all_gather wants one shape.
     parts = [torch.empty_like(x) for _ in range(world())]
     torch.distributed.all_gather(parts, x.contiguous())
     return torch.cat(parts)
@@ -526,6 +539,7 @@ def make_base(base, args, device):
     if world() > 1:
         raise ValueError(f"'{base}' is not there yet: make it once in a single process, without "
                          "torchrun.")
+    # flags.json and the model are written at the end: a killed warm start leaves no half a base.
     policy, tokenizer = policy_module.tiny(seed=args.seed)
     fill_task_flags(args, tokenizer)
     task = make_task(args)
@@ -627,6 +641,7 @@ def save_checkpoint(folder, policy, optimizer, step, rng, generator):
     for name, moments in optimiser["state"].items():
         tensors |= {f"{key}.{name}": value for key, value in moments.items()}
     facts = {"step": str(step), "rng": json.dumps(rng.getstate())}
+    # safetensors notices a file cut short, but no flipped bit.
     facts["digest"] = digest(tensors, facts)
     file = folder / f"{step:07d}.safetensors"
     aside = folder / "next.tmp"                        # what a killed save left in it goes first
@@ -727,6 +742,8 @@ def compare(base, folder, task, problems, args, device, dtype):
     alike, on the same held-out problems. What was measured before is read from eval.json."""
     setting = {key: getattr(args, key) for key in SETTING} | {
         "n": args.eval_samples, "temperature": args.eval_temperature}
+    # Records are kept under a fingerprint of the weights that they are of: what has not changed is
+    # not measured again, and what has changed is.
     beside = measured_alike(folder.parent, setting, problems, evaluation.fingerprint(base))
     models = {}
     for name, where in (("base", base), (args.name, folder / "model")):
@@ -749,6 +766,7 @@ def compare(base, folder, task, problems, args, device, dtype):
         print(evaluation.chart(summaries))
     print(f"log, model and table are in {folder}")
     other = "diffsmooth" if args.loss == "grpo" else "grpo"
+    # Someone who has typed one command should read its table against the other.
     if other not in (model["loss"] for model in beside.values()):
         print(f"To read it against {other}, on the same problems: python train.py --loss {other}")
 
@@ -827,6 +845,7 @@ def parse(argv):
     flag("--device", help="cuda, cpu or mps; without it, cuda where there is one")
 
     # Which loss it is decides which other flags there are.
+    # Their names and defaults are read from the function's signature, so a new loss needs no line.
     known, _ = parser.parse_known_args(argv)
     if known.loss not in variants():
         raise ValueError(f"unknown loss '{known.loss}'; these exist: {', '.join(variants())}.")
