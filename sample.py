@@ -45,7 +45,8 @@ class Rollout:
 def sample(policy, tokenizer, prompts, group_size, max_new_tokens, temperature=1.0, generator=None):
     """Draw `group_size` answers to each of `prompts` (strings ready to tokenise) -> Rollout.
 
-    generator: a torch.Generator on the policy's device, whose state alone decides the draws.
+    generator: a torch.Generator, whose state alone decides the draws. One on the CPU draws the same
+    on every device, and for a batch in pieces what it draws for the whole; a GPU's does neither.
     ValueError for a prompt that does not fit into the model's context together with its answer.
     """
     device, pad = policy.device, tokenizer.pad_token_id
@@ -89,8 +90,10 @@ class Answers:
 
     def __init__(self, B, room, stop_ids, generator, device):
         # All chance is here, one uniform a token, so that what a row says does not depend on which
-        # other rows are still going.
-        self.uniform = torch.rand(room, B, generator=generator, device=device)
+        # other rows are still going. They are drawn row by row: a batch that is cut into pieces,
+        # one after the other, draws what the whole batch draws.
+        where = generator.device if generator else device
+        self.uniform = torch.rand(B, room, generator=generator, device=where).to(device)
         self.tokens = torch.zeros(B, room, dtype=torch.int64, device=device)
         self.logp = torch.zeros(B, room, device=device)
         self.length = torch.full((B,), room, device=device)    # until a stop token says otherwise
@@ -103,7 +106,7 @@ class Answers:
         """Draw the next token of each growing row from its logits (rows, V), fp32."""
         rows, count = self.rows, self.count
         all_logp = logits.log_softmax(-1)                                   # (rows, V)
-        token = draw(all_logp.exp(), self.uniform[count, rows])             # (rows,)
+        token = draw(all_logp.exp(), self.uniform[rows, count])             # (rows,)
         self.tokens[rows, count] = token
         self.logp[rows, count] = all_logp.gather(1, token[:, None])[:, 0]
         stopped = (token[:, None] == self.stop_ids).any(1)
