@@ -1,21 +1,25 @@
-"""How it is measured: Pass@k with intervals, and how many different correct answers a model still has.
+"""How it is measured: Pass@k with intervals, and how many different right answers a model has.
 
-    python eval.py runs/base runs/diffsmooth --n 128
+    python eval.py runs/base runs/grpo runs/diffsmooth --n 128
+    python eval.py runs/grpo runs/diffsmooth --temperatures 0.4 0.7 1 1.3 --plot frontier.png
 
-draws n answers to each held-out problem from every model named (a run of train.py, a model folder, or a hub name), all on
-the same problems, prints one table, and writes it beside the per-problem counts as JSON.
+draws n answers to each held-out problem from every model named (a run of train.py, a model folder,
+or a hub name), all on the same problems, prints a table, and writes it with the per-problem counts.
 
-What the columns mean, for a problem with n samples of which c are correct:
-- Pass@k   the chance that at least one of k samples is correct: 1 - C(n-c, k) / C(n, k), without bias (arXiv 2107.03374,
-           and the paper's choice), averaged over problems last. Pass@1 is the paper's correctness C(pi).
-- distinct the number of different correct answers among the n, in canonical form (up to the order of + and *), and "as
-           text" by their characters. Pass@k cannot see this: it depends on the problem's success probability only.
-- sigma    Gini-Simpson diversity of the correct answers, 1 - sum q^2, the chance that two correct samples differ; without
-           bias from counts as 1 - sum n_j (n_j - 1) / (c (c - 1)); mean over the problems with c >= 2.
+For a problem with n samples of which c are correct:
+- Pass@k   the chance that at least one of k samples is correct: 1 - C(n-c, k) / C(n, k), without
+           bias (arXiv 2107.03374); averaged over problems last. Pass@1 is the paper's C(pi).
+- distinct the number of different correct answers among the n, up to the order of + and *;
+           as_text  by their characters. Pass@k cannot see this: the same chance of success gives
+           the same Pass@k, however alike the answers are.
+- sigma    Gini-Simpson diversity of the correct answers, the chance that two correct samples
+           differ: 1 - sum_j n_j (n_j - 1) / (c (c - 1)), without bias; over problems with c >= 2.
 - nats     mean of -log pi(y|x): an estimate of the entropy of whole answers.
-Intervals are 95 % bootstrap intervals over PROBLEMS, paired across models; resampling answers would show sampling noise only.
+Intervals are 95 % bootstrap intervals over problems, and those of a difference are paired: the same
+resampled problems serve all models.
 """
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -29,7 +33,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 import policy as policy_module
-from rewards import Countdown, Math
+from rewards import SETTING, add_task_flags, fill_task_flags, make_task
 from sample import chat, sample
 
 
@@ -41,169 +45,311 @@ def pass_at_k(n, c, k):
     if not 0 <= c <= n:
         raise ValueError(f"{c} correct among {n} samples is impossible.")
     if not 1 <= k <= n:
-        raise ValueError(f"Pass@{k} needs at least {k} samples a problem, but there are {n}: raise --n or lower k.")
+        raise ValueError(f"Pass@{k} needs at least {k} samples a problem, but there are {n}: raise "
+                         "--n or lower k.")
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
-def ks_for(n):
-    """1, 2, 4, ... up to n."""
-    return [2 ** i for i in range(n.bit_length()) if 2 ** i <= n]
-
-
-def evaluate(policy, tokenizer, task, problems, n, max_new_tokens, temperature=1.0, generator=None, rows=1024):
-    """n answers to each problem -> one dict a problem (counts and means; see `summary`). rows: answers in flight at once."""
-    records, each = [], max(1, min(n, rows))
-    per_batch = max(1, rows // n)
-    for start in tqdm(range(0, len(problems), per_batch), desc="evaluate", leave=False, disable=not sys.stderr.isatty()):
-        batch = problems[start:start + per_batch]
-        prompts = [chat(tokenizer, task.system, task.prompt(problem), task.style) for problem in batch]
-        answers = [[] for _ in batch]                  # per problem: (text, tokens, nats, finished)
-        for done in range(0, n, each):                 # a group larger than `rows` is drawn in several goes
-            G = min(each, n - done)
+def evaluate(policy, tokenizer, task, problems, n, max_new_tokens, temperature=1.0, generator=None,
+             rows=1024):
+    """n answers to each problem -> one dict a problem, see `record`. rows: answers in flight."""
+    records = []
+    problems_at_once, answers_at_once = max(1, rows // n), max(1, min(n, rows))
+    for start in tqdm(range(0, len(problems), problems_at_once), desc="evaluate", leave=False,
+                      disable=not sys.stderr.isatty()):
+        batch = problems[start:start + problems_at_once]
+        prompts = [chat(tokenizer, task.system, task.prompt(x), task.style) for x in batch]
+        answers = [[] for _ in batch]                  # a problem: (text, tokens, nats, finished)
+        for drawn in range(0, n, answers_at_once):     # a group larger than `rows` in several goes
+            G = min(answers_at_once, n - drawn)
             rollout = sample(policy, tokenizer, prompts, G, max_new_tokens, temperature, generator)
-            facts = zip(rollout.texts, rollout.mask.sum(1).tolist(), (-rollout.logp.sum(1)).tolist(),
-                        rollout.finished.tolist())
+            facts = zip(rollout.texts, rollout.mask.sum(1).tolist(),
+                        (-rollout.logp.sum(1)).tolist(), rollout.finished.tolist())
             for row, fact in enumerate(facts):
                 answers[row // G].append(fact)
-        records += [record(task, problem, drawn) for problem, drawn in zip(batch, answers)]
+        records += [record(task, problem, given) for problem, given in zip(batch, answers)]
     return records
 
 
-def record(task, problem, drawn):
-    """What the table needs to know of one problem; drawn: list of (text, tokens, nats, finished)."""
-    texts, tokens, nats, finished = zip(*drawn)
-    verdict = {text: (task.reward(problem, text) == 1.0, task.canonical(text)) for text in set(texts)}
-    correct = [text for text in texts if verdict[text][0]]
-    forms = Counter(verdict[text][1] for text in correct)
+def record(task, problem, answers):
+    """What the table needs of one problem; answers: list of (text, tokens, nats, finished)."""
+    texts, tokens, nats, finished = zip(*answers)
+    judged = {text: (task.reward(problem, text) == 1, task.canonical(text)) for text in set(texts)}
+    correct = [text for text in texts if judged[text][0]]
+    forms = Counter(judged[text][1] for text in correct)
     c, n = len(correct), len(texts)
-    same = sum(m * (m - 1) for m in forms.values())    # ordered pairs of correct samples that say the same
-    return {"problem": list(problem), "n": n, "c": c, "distinct": len(forms), "as_text": len(set(correct)),
-            "sigma": 1 - same / (c * (c - 1)) if c >= 2 else None,
-            "parsed": sum(verdict[text][1] is not None for text in texts) / n,
+    same = sum(m * (m - 1) for m in forms.values())    # ordered pairs of correct samples that agree
+    return {"problem": list(problem), "n": n, "c": c, "distinct": len(forms),
+            "as_text": len(set(correct)), "sigma": 1 - same / (c * (c - 1)) if c >= 2 else None,
+            "parsed": sum(judged[text][1] is not None for text in texts) / n,
             "finished": sum(finished) / n, "tokens": sum(tokens) / n, "nats": sum(nats) / n}
 
 
 def columns(records):
-    """{column: (problems,) array}: what is averaged over problems. NaN marks a problem without a value."""
+    """{column: (problems,) array}: what is averaged over problems. NaN where one has no value."""
     n = records[0]["n"]
-    table = {f"Pass@{k}": [100 * pass_at_k(n, r["c"], k) for r in records] for k in ks_for(n)}
+    values = {f"Pass@{k}": [100 * pass_at_k(n, r["c"], k) for r in records] for k in powers_of_2(n)}
     for name in ("distinct", "as_text", "sigma", "parsed", "finished", "tokens", "nats"):
-        table[name] = [math.nan if r[name] is None else r[name] for r in records]
-    return {name: np.array(values, dtype=float) for name, values in table.items()}
+        values[name] = [math.nan if r[name] is None else r[name] for r in records]
+    return {name: np.array(column, dtype=float) for name, column in values.items()}
+
+
+def powers_of_2(n):
+    """1, 2, 4, ... up to n: the k of Pass@k."""
+    return [2 ** i for i in range(n.bit_length())]
 
 
 def summary(results, resamples=2000, seed=0):
-    """{model: records} -> {model: {column: {"mean", "low", "high"} and, against the first model, "gain": the same}}.
-
-    The same resampled problems serve every model, so the interval of a gain is a paired one.
-    """
+    """{model: records} -> {model: {column: {"mean", "low", "high", "gain": the same over the first
+    model, for all but that one}}}."""
     first, size = next(iter(results)), len(next(iter(results.values())))
-    picks = np.random.default_rng(seed).integers(0, size, (resamples, size))    # (resamples, problems)
+    # The same resampled problems serve every model, so the interval of a gain is a paired one.
+    picks = np.random.default_rng(seed).integers(0, size, (resamples, size))
     values = {model: columns(records) for model, records in results.items()}
-    return {model: {name: interval(x, picks) | ({} if model == first else {"gain": interval(x - values[first][name], picks)})
-                    for name, x in table.items()} for model, table in values.items()}
+    summaries = {}
+    for model, table in values.items():
+        summaries[model] = {name: interval(x, picks) for name, x in table.items()}
+        if model != first:
+            for name, x in table.items():
+                summaries[model][name]["gain"] = interval(x - values[first][name], picks)
+    return summaries
 
 
 def interval(x, picks):
-    """Mean of (problems,) values and its bootstrap interval; NaN marks a problem without a value, None a mean without any."""
+    """(problems,) values -> their mean and its bootstrap interval; None where none has a value."""
     exists = ~np.isnan(x)
-    size = exists[picks].sum(1)                                                 # (resamples,)
+    size = exists[picks].sum(1)                                             # (resamples,)
     if not size.any():
         return {"mean": None, "low": None, "high": None}
     means = np.where(exists, x, 0)[picks].sum(1)[size > 0] / size[size > 0]
-    return {"mean": float(x[exists].mean()), "low": float(np.quantile(means, 0.025)), "high": float(np.quantile(means, 0.975))}
+    low, high = np.quantile(means, [0.025, 0.975])
+    return {"mean": float(x[exists].mean()), "low": float(low), "high": float(high)}
 
 
 def table(summaries):
-    """The summaries as text: a line a measure, a column a model with its interval, then the gains over the first model."""
-    def cell(entry, name, sign=""):
-        if entry["mean"] is None:                      # sigma of a model that is never right twice
-            return "-".rjust(7)
+    """The summaries as text: a line a measure, a column a model. The first has its own interval,
+    the others have their gain over it with the interval of the gain."""
+    first = next(iter(summaries))
+    others = [model for model in summaries if model != first]
+    lines = [["", first, *(f"{model} (gain over {first})" for model in others)]]
+    for name in summaries[first]:
         digits = 2 if name in ("sigma", "parsed", "finished") else 1
-        mean, low, high = (f"{entry[part]:{sign}.{digits}f}" for part in ("mean", "low", "high"))
-        return f"{mean:>7} [{low}, {high}]"
-    first, *others = summaries
-    head = ["", *summaries, *(f"{model} - {first}" for model in others)]
-    lines = [[name, *(cell(row[name], name) for row in summaries.values()),
-              *(cell(summaries[model][name]["gain"], name, "+") for model in others)] for name in summaries[first]]
-    widths = [max(map(len, column)) + 3 for column in zip(head, *lines)]
-    return "\n".join("".join(text.ljust(width) for text, width in zip(line, widths)).rstrip() for line in [head, *lines])
+        line = [name]
+        for model, row in summaries.items():
+            mean, gain = row[name]["mean"], row[name].get("gain", row[name])
+            if mean is None or gain["mean"] is None:   # sigma of a model that is never right twice
+                line.append("-".rjust(6))
+            elif model == first:
+                line.append(f"{mean:6.{digits}f} [{gain['low']:.{digits}f}, "
+                            f"{gain['high']:.{digits}f}]")
+            else:
+                line.append(f"{mean:6.{digits}f}  {gain['mean']:+.{digits}f} "
+                            f"[{gain['low']:+.{digits}f}, {gain['high']:+.{digits}f}]")
+        lines.append(line)
+    widths = [max(map(len, column)) + 3 for column in zip(*lines)]
+    return "\n".join("".join(text.ljust(width) for text, width in zip(line, widths)).rstrip()
+                     for line in lines)
 
 
-def plot(summaries, file):
-    """Pass@k against k, one curve a model with its interval as a band."""
+def curve(row, part="mean"):
+    """One model's Pass@k from its summary -> ([k], [value])."""
+    ks = [int(name[5:]) for name in row if name.startswith("Pass@")]
+    return ks, [row[f"Pass@{k}"][part] for k in ks]
+
+
+# ----------------------------------------------- a first reading ends here; below: pictures, flags
+
+def chart(summaries, height=12):
+    """The Pass@k curves in characters, a letter a model, for those who sit at a terminal."""
+    ks, _ = curve(next(iter(summaries.values())))
+    top = max(max(curve(row)[1]) for row in summaries.values()) or 1.0
+    grid = [[" "] * (len(ks) * (len(summaries) + 3)) for _ in range(height + 1)]
+    for i, row in enumerate(summaries.values()):
+        for j, value in enumerate(curve(row)[1]):      # side by side, so that none hides another
+            grid[height - round(height * value / top)][j * (len(summaries) + 3) + i] = chr(97 + i)
+    lines = [f"{top * (height - y) / height:5.0f} |" + "".join(line) for y, line in enumerate(grid)]
+    labels = "".join(str(k).ljust(len(summaries) + 3) for k in ks)
+    names = ", ".join(f"{chr(97 + i)} {model}" for i, model in enumerate(summaries))
+    lines += [f"{'k':>5}  {labels}", f"Pass@k: {names}"]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def plot(summaries, file, title):
+    """{temperature: summaries} as a picture. One temperature: Pass@k against k, with intervals as
+    bands. Several: the frontier, Pass@1 against Pass@(largest k up to 64), a curve a model."""
     try:
         import matplotlib
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
     except ImportError:
-        raise ValueError("--plot needs matplotlib, which is not among the requirements: pip install matplotlib.")
-    for model, row in summaries.items():
-        ks = [int(name[5:]) for name in row if name.startswith("Pass@")]
-        mean, low, high = ([row[f"Pass@{k}"][part] for k in ks] for part in ("mean", "low", "high"))
-        plt.plot(ks, mean, marker="o", label=model)
-        plt.fill_between(ks, low, high, alpha=0.2)
-    plt.xscale("log", base=2)
-    plt.xlabel("k")
-    plt.ylabel("Pass@k (%)")
-    plt.legend()
-    plt.savefig(file, dpi=150, bbox_inches="tight")
+        raise ValueError("--plot needs matplotlib, which is not among the requirements: "
+                         "pip install matplotlib.")
+    figure, axes = plt.subplots(figsize=(6, 4.5))
+    models = next(iter(summaries.values()))
+    ks, _ = curve(next(iter(models.values())))
+    for model in models:
+        rows = {temperature: some[model] for temperature, some in summaries.items()}
+        if len(rows) == 1:
+            row = next(iter(rows.values()))
+            axes.plot(ks, curve(row)[1], marker="o", label=model)
+            axes.fill_between(ks, curve(row, "low")[1], curve(row, "high")[1], alpha=0.2)
+        else:
+            k = max(k for k in ks if k <= 64)
+            points = [(row["Pass@1"]["mean"], row[f"Pass@{k}"]["mean"]) for row in rows.values()]
+            axes.plot(*zip(*points), marker="o", label=model)
+            for temperature, point in zip(rows, points):
+                axes.annotate(f"T {temperature}", point, textcoords="offset points", xytext=(4, 4))
+            axes.set(xlabel="Pass@1 (%)", ylabel=f"Pass@{k} (%)")
+    if len(summaries) == 1:
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ks, [str(k) for k in ks])
+        axes.set(xlabel="k", ylabel="Pass@k (%)")
+    axes.set_title(title)
+    axes.legend()
+    figure.savefig(file, dpi=150, bbox_inches="tight")
+    plt.close(figure)
 
 
-# ------------------------------------------------------------------------------------- what train.py and eval.py share
+def parse(argv):
+    parser = Parser(description=__doc__.split("\n")[0], usage="python eval.py MODEL ... [flags]")
+    parser.add_argument("models", nargs="+", help="a run folder of train.py, a model folder, or a "
+                        "hub name; gains are over the first")
+    flags = parser.add_argument_group("what is measured")
+    flags.add_argument("--n", type=int, default=128, help="answers a problem")
+    flags.add_argument("--problems", type=int, default=512,
+                       help="held-out problems (math: at most what --data has)")
+    flags.add_argument("--temperature", "--temperatures", type=float, nargs="+", default=[0.7],
+                       dest="temperatures", help="several: a table each, and --plot the frontier")
+    flags.add_argument("--seed", type=int, default=0,
+                       help="of the draws; the problems are always the same")
+    add_task_flags(parser)
+    parser.set_defaults(task=None)                     # that of the runs named, else countdown
+    machine = parser.add_argument_group("the machine")
+    machine.add_argument("--rows", type=int, default=1024,
+                         help="answers in flight at once: lower it when memory runs out")
+    machine.add_argument("--device", help="default: cuda, else cpu")
+    output = parser.add_argument_group("what is written")
+    output.add_argument("--json", default="eval.json", help="the numbers")
+    output.add_argument("--plot", help="a picture of the Pass@k curves, or of the frontier where "
+                        "there are several temperatures (needs matplotlib)")
+    args = parser.parse_args(argv)
+    if min(args.n, args.problems, args.rows) < 1:
+        raise ValueError("--n, --problems and --rows must be at least 1.")
+    if not all(0 < temperature < math.inf for temperature in args.temperatures):
+        raise ValueError("--temperature must be above 0.")
+    for file in (Path(args.json), Path(args.plot or "plot.png")):     # now, not after an hour
+        if file.is_dir() or not file.parent.is_dir():
+            raise ValueError(f"'{file}' cannot be written: it must be a file in a folder that "
+                             "exists.")
+    return args
 
-SETTING = ("task", "prompt", "counts", "high", "targets", "max_new_tokens")    # the flags that say what is measured
 
-# What a task's answers look like decides its defaults: a bare expression, or reasoning that ends in a tag or a box.
-STYLES = {"bare": dict(counts=[4], high=9, targets=[1, 60], max_new_tokens=24),
-          "ask": dict(counts=[3, 4], high=99, targets=[10, 100], max_new_tokens=48),
-          "think": dict(counts=[3, 4], high=99, targets=[10, 100], max_new_tokens=1024),
-          "boxed": dict(max_new_tokens=2048)}
+def task_of_runs(args):
+    """Fill in what the flags leave open: a run is measured on the task that it was trained on, and
+    so is everything beside it -> {name: folder of its model}."""
+    given, folders = vars(args).copy(), {}
+    for name in args.models:
+        folders[name] = name
+        if not (Path(name) / "flags.json").is_file():
+            continue
+        flags = read_flags(Path(name) / "flags.json")
+        for key in (key for key in SETTING if given[key] is None):
+            if getattr(args, key) not in (None, flags[key]):
+                raise ValueError(f"'{name}' was trained with {key} {flags[key]}, a run before it "
+                                 f"with {getattr(args, key)}: say by --{key.replace('_', '-')} on "
+                                 "which to measure.")
+            setattr(args, key, flags[key])
+        folders[name] = Path(name) / "model"
+        if not folders[name].is_dir():
+            raise ValueError(f"'{name}' has no finished model yet: go on with it by "
+                             "train.py --resume.")
+    args.task = args.task or "countdown"
+    return folders
+
+
+def run(argv=None):
+    args = parse(argv)
+    device, dtype = pick_device(args.device)
+    results = {temperature: {} for temperature in args.temperatures}
+    for name, folder in task_of_runs(args).items():
+        policy, tokenizer = policy_module.load(folder, device, dtype)
+        fill_task_flags(args, tokenizer)
+        task = make_task(args, held_out=1.0 if args.task == "math" else 0.1)
+        notes = leave_out_too_long(task, tokenizer, policy, args.max_new_tokens)
+        if notes and not results[args.temperatures[0]]:
+            print(*notes, sep="\n")
+        problems = task.held_out_problems(args.problems)
+        label = Path(name).name
+        label = name if label in results[args.temperatures[0]] else label
+        for temperature, records in results.items():
+            generator = torch.Generator(device).manual_seed(args.seed)
+            records[label] = evaluate(policy, tokenizer, task, problems, args.n,
+                                      args.max_new_tokens, temperature, generator, args.rows)
+    summaries = {temperature: summary(records) for temperature, records in results.items()}
+    for temperature, some in summaries.items():
+        print(f"{len(problems)} held-out problems, {args.n} samples each, temperature "
+              f"{temperature:g}, seed {args.seed}")
+        print(table(some))
+    if sys.stdout.isatty():
+        print(chart(summaries[args.temperatures[0]]))
+    write_json(args.json, {"flags": vars(args), "summary": summaries, "records": results})
+    print(f"written: {args.json}")
+    if args.plot:
+        at = f", T {args.temperatures[0]:g}" if len(args.temperatures) == 1 else ""
+        plot(summaries, args.plot, f"{args.task}, {len(problems)} problems, {args.n} samples{at}")
+
+
+def main(argv=None):
+    """Run, and turn what a user can get wrong into one sentence and exit code 2."""
+    try:
+        run(argv)
+    except KeyboardInterrupt:
+        print("stopped; nothing was written.", file=sys.stderr)
+        return 130
+    except Exception as error:
+        print(f"error: {explain(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+# ----------------------------------------------------------------------- what both programs share
+
+class Help(argparse.HelpFormatter):
+    """Behind each flag's help stands its default, where it has one."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=28, width=100)
+
+    def _get_help_string(self, action):
+        without = action.default is None or action.default is False or action.nargs == 0
+        return action.help if without else f"{action.help} (default: %(default)s)"
+
+    def _get_default_metavar_for_optional(self, action):
+        return {int: "N", float: "X"}.get(action.type, "NAME")
 
 
 class Parser(argparse.ArgumentParser):
-    """Bad flags are told in one sentence, like all bad input."""
+    """Bad flags are told in one sentence, as all bad input is; a dash may be an underscore."""
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=Help, allow_abbrev=False, **options)
 
     def error(self, message):
         raise ValueError(f"{message}.")
 
-
-def add_task_flags(parser):
-    flags = parser.add_argument_group("the task")
-    flags.add_argument("--task", choices=["countdown", "math"], default="countdown")
-    flags.add_argument("--data", help="math: problems as FILE.jsonl or hf://owner/repo/file.jsonl")
-    flags.add_argument("--prompt", choices=list(STYLES), help="how to ask; default: bare, or think (math: boxed) where the "
-                       "tokenizer has a chat template")
-    flags.add_argument("--counts", type=int, nargs="+", help="countdown: how many numbers a problem may have")
-    flags.add_argument("--high", type=int, help="countdown: largest number")
-    flags.add_argument("--targets", type=int, nargs=2, help="countdown: smallest and largest target")
-    flags.add_argument("--max-new-tokens", type=int, help="longest answer")
-
-
-def make_task(flags, tokenizer, held_out=0.1):
-    """The task that the flags describe; what they leave open is filled in from STYLES, in `flags` itself."""
-    if flags.prompt is None:
-        flags.prompt = "boxed" if flags.task == "math" else "bare" if tokenizer.chat_template is None else "think"
-    if (flags.task == "math") != (flags.prompt == "boxed"):
-        raise ValueError(f"--prompt {flags.prompt} does not go with --task {flags.task}.")
-    for name, value in STYLES[flags.prompt].items():
-        if getattr(flags, name) is None:
-            setattr(flags, name, value)
-    if flags.max_new_tokens < 1:
-        raise ValueError("--max-new-tokens must be at least 1.")
-    if (flags.task == "math") != (flags.data is not None):
-        raise ValueError("--task math needs --data, a .jsonl file or hf://owner/repo/file.jsonl; other tasks take none.")
-    if flags.task == "math":
-        if flags.counts or flags.high or flags.targets:
-            raise ValueError("--counts, --high and --targets belong to --task countdown.")
-        return Math(flags.data, held_out=held_out)
-    return Countdown(tuple(flags.counts), flags.high, tuple(flags.targets), flags.prompt, held_out=held_out)
+    def parse_known_args(self, args=None, namespace=None):
+        known = {flag.replace("_", "-"): flag for flag in self._option_string_actions}
+        spelled = []
+        for word in sys.argv[1:] if args is None else args:
+            flag, equals, value = word.partition("=")
+            spelled.append(known.get(flag.replace("_", "-"), flag) + equals + value
+                           if flag.startswith("--") else word)
+        return super().parse_known_args(spelled, namespace)
 
 
 def pick_device(name):
-    """cuda, else mps, else cpu, unless `name` says which -> (device, dtype of the activations)."""
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    """cuda, else cpu, unless `name` says which -> (device, dtype of the activations)."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError):
@@ -224,86 +370,53 @@ def write_json(path, value):
 
 
 def read_flags(file):
-    """The flags.json of a run or of runs/base; ValueError where it is missing, damaged or without a task."""
+    """The flags.json of a run or of runs/base; ValueError where it is missing, damaged or without
+    a task."""
     def reader():
-        flags = json.loads(file.read_text())
+        flags = {"verifier": None} | json.loads(file.read_text())   # older runs have none
         return flags | {key: flags[key] for key in SETTING}
     return policy_module.read(file, reader)
 
 
-def run(argv=None):
-    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("models", nargs="+", help="a run folder of train.py, a model folder, or a hub name; gains are over the first")
-    add_task_flags(parser)
-    parser.set_defaults(task=None)                     # None: that of the runs named, else countdown
-    parser.add_argument("--n", type=int, default=128, help="answers a problem")
-    parser.add_argument("--problems", type=int, default=512, help="held-out problems (math: at most what --data has)")
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=0, help="of the draws; the problems are always the same")
-    parser.add_argument("--rows", type=int, default=1024, help="answers in flight at once: lower it when memory runs out")
-    parser.add_argument("--device", help="default: cuda, else mps, else cpu")
-    parser.add_argument("--json", help="where to write the numbers; default: eval.json in the last run named, else ./eval.json")
-    parser.add_argument("--plot", help="draw the Pass@k curves into this file (needs matplotlib)")
-    args = parser.parse_args(argv)
-    if min(args.n, args.problems, args.rows) < 1 or not 0 < args.temperature < math.inf:
-        raise ValueError("--n, --problems and --rows must be at least 1, and --temperature above 0.")
-    device, dtype = pick_device(args.device)
-    # A run is measured on the task that it was trained on, and so is everything beside it, unless a flag says otherwise.
-    runs = [name for name in args.models if (Path(name) / "flags.json").is_file()]
-    given = vars(args).copy()
-    for name in runs:
-        flags = read_flags(Path(name) / "flags.json")
-        for key in (key for key in SETTING if given[key] is None):
-            if getattr(args, key) not in (None, flags[key]):
-                raise ValueError(f"'{name}' was trained with {key} {flags[key]}, a run before it with {getattr(args, key)}: "
-                                 f"say by --{key.replace('_', '-')} on which to measure.")
-            setattr(args, key, flags[key])
-        if not (Path(name) / "model").is_dir():
-            raise ValueError(f"'{name}' has no finished model yet: go on with it by train.py --resume.")
-    args.task = args.task or "countdown"
-    where = Path(args.json or Path(runs[-1] if runs else "") / "eval.json")
-    for file in (where, Path(args.plot or "plot.png")):                         # told now, not after an hour's evaluation
-        if file.is_dir() or not file.parent.is_dir():
-            raise ValueError(f"'{file}' cannot be written: it must be a file in a folder that exists.")
-    results = {}
-    for name in args.models:
-        policy, tokenizer = policy_module.load(Path(name) / "model" if name in runs else name, device, dtype)
-        task = make_task(args, tokenizer, held_out=1.0 if args.task == "math" else 0.1)
-        label = name.rstrip("/").split("/")[-1]
-        generator = torch.Generator(device).manual_seed(args.seed)
-        results[label if label not in results else name] = evaluate(
-            policy, tokenizer, task, task.held_out_problems(args.problems), args.n, args.max_new_tokens, args.temperature,
-            generator, args.rows)
-    summaries = summary(results)
-    size = len(next(iter(results.values())))
-    print(f"{size} held-out problems, {args.n} samples each, temperature {args.temperature}, seed {args.seed}")
-    print(table(summaries))
-    write_json(where, {"flags": vars(args), "summary": summaries, "records": results})
-    print(f"written: {where}")
-    if args.plot:
-        plot(summaries, args.plot)
+def leave_out_too_long(task, tokenizer, policy, max_new_tokens):
+    """Drop the problems of a file whose prompt leaves no room for an answer: one of them must not
+    end a night's work -> what there is to say about the file, a list of sentences."""
+    if task.problems is None:                          # made up, not read: none is too long
+        return []
+    room = policy.config.max_position_embeddings - max_new_tokens
+
+    def tokens_of(problem):
+        prompt = chat(tokenizer, task.system, task.prompt(problem), task.style)
+        return len(tokenizer(prompt).input_ids)
+
+    left_out = task.problems.leave_out(tokens_of, room)
+    return task.notes + [f"{task.problems.path}: {left_out} problems are left out: prompts over "
+                         f"{room} tokens."] * (left_out > 0)
 
 
-def main(argv=None):
-    """Run, and turn what a user can get wrong into one sentence and exit code 2."""
-    try:
-        run(argv)
-    except KeyboardInterrupt:
-        print("stopped; nothing was written.", file=sys.stderr)
-        return 130
-    except Exception as error:
-        print(f"error: {explain(error)}", file=sys.stderr)
-        return 2
-    return 0
+def fingerprint(path):
+    """What tells a data file, or the weights of a model folder, from others: a hash of names, sizes
+    and the first megabyte of each file. A name that is no path here stands for itself."""
+    path = Path(path)
+    total = hashlib.sha256()
+    for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
+        if not file.is_file():
+            return str(path)
+        with open(file, "rb") as opened:
+            total.update(f"{file.name} {file.stat().st_size} ".encode() + opened.read(1 << 20))
+    return total.hexdigest()
 
 
 def explain(error):
-    """One sentence for what a user can mend. Anything else is a bug of ours and keeps its traceback."""
+    """One sentence for what a user can mend. Anything else is a bug: it keeps its traceback."""
     text = " ".join(str(error).split())
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "tried to allocate" in text or "out of memory" in text:
-        return "out of memory: lower --rows if this was sampling or evaluation, --micro-batch if it was an update."
+    if (isinstance(error, (torch.OutOfMemoryError, MemoryError))
+            or "tried to allocate" in text or "out of memory" in text):
+        return ("out of memory: lower --rows if this was sampling or evaluation, --micro-batch if "
+                "it was an update.")
     if "No space left on device" in text:
-        return f"the disk is full ({text}); what was saved before is whole: make room, then go on with train.py --resume."
+        return (f"the disk is full ({text}); what was saved before is whole: make room, then go on "
+                "with train.py --resume.")
     if isinstance(error, (ValueError, OSError, SafetensorError)):
         return text
     raise error

@@ -21,7 +21,8 @@ One Countdown problem, worked:
     2
 
 Eq. (2) of the paper, the solution multiplicity of a task, is the mean of that last number.
-The paper's own setting is `Countdown(counts=(3, 4), high=99, targets=(10, 100), style="think")`.
+The paper's own setting is `Countdown(counts=(3, 4), high=99, targets=(10, 100), style="think")`;
+`Countdown(path="problems.jsonl")` takes its problems from a file.
 
 Rewards are the target of optimisation, so a verifier is read by the one reader who looks for its
 holes. Ours never executes the text, never raises on any string, refuses what it cannot parse, and
@@ -32,34 +33,57 @@ import hashlib
 import json
 import random
 import re
+from decimal import Decimal
 from fractions import Fraction
+from pathlib import Path
 from typing import NamedTuple
 
-MAX_ANSWER = 300  # characters; a longer answer is refused before anything reads it
+MAX_ANSWER = 400  # characters; a longer answer is refused before anything reads it
 MAX_DEPTH = 30  # nested parentheses, so that the recursive parser cannot overflow the stack
 MAX_TRIES = 100_000  # draws before a setting is called impossible
 
 
-# ---- Exact arithmetic: a tree is an int or (op, left, right), a node (numerator, denominator, tree)
-# The verifier, the generator and the solver below all compute with `join` and nothing else.
+class Problem(NamedTuple):
+    numbers: tuple[int, ...]  # in the order that the prompt shows
+    target: int
 
 
-def join(op, left, right):
-    """The node `left op right` in exact integers: join("/", (1, 1, 1), (2, 1, 2))[:2] is (1, 2).
+def countdown_reward(text, numbers, target, style="bare") -> float:
+    """1.0 if the answer in text uses each number exactly once and equals target, else 0.0.
 
-    Fractions are not reduced (a few numbers cannot grow far), which is what makes this fast.
-    Division by zero gives 0/0, and every later operation keeps it 0/0.
+    countdown_reward("6/(5/4)", (4, 5, 6), Fraction(24, 5)) is 1.0: no rounding anywhere.
     """
-    (a, b, x), (c, d, y) = left, right
-    if op == "+":
-        return a * d + c * b, b * d, (op, x, y)
-    if op == "-":
-        return a * d - c * b, b * d, (op, x, y)
-    if op == "*":
-        return a * c, b * d, (op, x, y)
-    if c == 0:  # without this line 1/(1/0) would be 0
-        return 0, 0, (op, x, y)
-    return a * d, b * c, (op, x, y)
+    check_style(style)
+    answer = answer_of(text, style)
+    node = parse(answer)
+    if node is None:
+        return 0.0
+    # The text parsed, so its digits are its numbers. Sorted lists compare as multisets.
+    numerator, denominator, _ = node
+    used = sorted(int(digits) for digits in re.findall("[0-9]+", answer))
+    return float(used == sorted(numbers) and denominator != 0 and numerator == target * denominator)
+
+
+def answer_of(text, style):
+    """What counts as the answer: the whole text, or for "think" the last <answer>...</answer>.
+
+    "<answer>1</answer> or <answer>2+3</answer>" gives "2+3". A last tag that is not closed, or
+    that stands inside another one, gives "". Anything may surround the tags.
+    """
+    if not isinstance(text, str):
+        return ""
+    if style != "think":
+        return text
+    # Searching from the end keeps this fast on megabytes, which a regular expression would not be.
+    *before, last = text.rsplit("<answer>", 2)
+    nested = len(before) == 2 and "</answer>" not in before[1]
+    if not before or nested or last.count("</answer>") != 1:
+        return ""
+    return last.partition("</answer>")[0]
+
+
+# Exact arithmetic: a tree is an int or (op, left, right), a node is (numerator, denominator, tree).
+# The verifier, the generator and the solver all compute with `join` and nothing else.
 
 
 def parse(text):
@@ -107,6 +131,145 @@ def parse(text):
         return None
     return node if tokens == ["end"] else None  # anything left over: "1 2", "1+2)"
 
+
+def join(op, left, right):
+    """The node `left op right` in exact integers: join("/", (1, 1, 1), (2, 1, 2))[:2] is (1, 2).
+
+    Fractions are not reduced (a few numbers cannot grow far), which is what makes this fast.
+    Division by zero gives 0/0, and every later operation keeps it 0/0.
+    """
+    (a, b, x), (c, d, y) = left, right
+    if op == "+":
+        return a * d + c * b, b * d, (op, x, y)
+    if op == "-":
+        return a * d - c * b, b * d, (op, x, y)
+    if op == "*":
+        return a * c, b * d, (op, x, y)
+    if c == 0:  # without this line 1/(1/0) would be 0
+        return 0, 0, (op, x, y)
+    return a * d, b * c, (op, x, y)
+
+
+# "bare" is for models trained here, "think" the paper's prompt in our words, "ask" for small chat
+# models. The example in "think" is in letters: one in numbers could be copied and be right.
+STYLES = {
+    "bare": "{spaced},{target}=",
+    "think": (
+        "Use the numbers {listed} to make {target}. You may add, subtract, multiply and divide "
+        "(+ - * /) and use parentheses, and every number must be used exactly once. Reason step "
+        "by step inside <think> </think>, then give only the final expression inside "
+        "<answer> </answer>, like <answer>(a + b) * c</answer> with numbers in place of letters."
+    ),
+    "ask": (
+        "Use each of the numbers {listed} exactly once, with + - * / and parentheses, to make "
+        "{target}. Answer with one arithmetic expression and nothing else."
+    ),
+}
+
+
+class Countdown:
+    """Random problems: a count of numbers from counts, each in 1..high, and a target in range.
+
+    With path the problems are those of a file, and only `example` still makes its own. held_out is
+    the share of all problems that is kept for evaluation and never trained on.
+    """
+
+    system = "You are a careful assistant who solves arithmetic puzzles."
+
+    def __init__(self, counts=(4,), high=9, targets=(1, 60), style="bare", held_out=0.1, path=None):
+        check_style(style)
+        check_share(held_out)
+        if not counts or not all(isinstance(n, int) and 2 <= n <= 5 for n in counts):
+            raise ValueError(f"counts must be integers from 2 to 5, not {counts}.")
+        if not isinstance(high, int) or not 1 <= high <= 10**6:
+            raise ValueError(f"high must be an integer from 1 to 10**6, not {high}.")
+        if len(targets) != 2 or targets[0] > targets[1]:
+            raise ValueError(f"targets must be a pair (lowest, highest), not {targets}.")
+        self.counts, self.high, self.targets = tuple(counts), high, tuple(targets)
+        self.style, self.held_out = style, held_out
+        self.problems, self.notes = None, []  # notes: what the user should hear about the file
+        if path is not None:
+            self.problems = Problems(path, read_countdown, self.is_held_out)
+            self.notes = self.problems.notes + unsolvable(self)
+
+    def example(self, rng, held_out=False):
+        """One problem of the split with one answer: (Problem((4, 7, 2, 9), 24), "2*(9+7-4)").
+
+        Numbers are joined in random pairs with random operators until one expression is left; it
+        is kept if its value is an integer in range. This defines the distribution over problems:
+        a target is as frequent as random expressions hit it.
+        """
+        if self.held_out == (0 if held_out else 1):
+            raise ValueError(f"held_out={self.held_out} leaves no problem in this split.")
+        # The warm start draws 200,000 of these. int(random() * n) is several times faster than
+        # randrange(n) or choice, and its bias, n / 2**53, does not matter here.
+        draw, high, counts, (low, top) = rng.random, self.high, self.counts, self.targets
+        for _ in range(MAX_TRIES):
+            count = counts[int(draw() * len(counts))]
+            numbers = [int(draw() * high) + 1 for _ in range(count)]
+            nodes = [(n, 1, n) for n in numbers]
+            for left in range(count, 1, -1):
+                x = nodes.pop(int(draw() * left))
+                y = nodes.pop(int(draw() * (left - 1)))
+                nodes.append(join("+-*/"[int(draw() * 4)], x, y))
+            numerator, denominator, tree = nodes[0]
+            if denominator == 0 or numerator % denominator:
+                continue
+            problem = Problem(tuple(numbers), numerator // denominator)
+            if low <= problem.target <= top and self.is_held_out(problem) == held_out:
+                return problem, render(tree)
+        raise ValueError(f"No such problem in {MAX_TRIES} draws: widen targets={self.targets}.")
+
+    def problem(self, rng, held_out=False):
+        if self.problems:
+            return self.problems.draw(rng, held_out)
+        return self.example(rng, held_out)[0]
+
+    def held_out_problems(self, n):
+        """The same n distinct held-out problems on every call and every machine;
+        a longer list starts with the shorter one. Of a file at most what it has."""
+        if self.problems:
+            return self.problems.held_out[:n]
+        rng, problems, repeats = random.Random(0), {}, 0
+        while len(problems) < n and repeats < 1000:
+            problem = self.problem(rng, held_out=True)
+            key = tuple(sorted(problem.numbers)), problem.target
+            repeats = repeats + 1 if key in problems else 0
+            problems.setdefault(key, problem)
+        if len(problems) < n:
+            raise ValueError(
+                f"Only {len(problems)} held-out problems found, not {n}: ask for fewer.")
+        return list(problems.values())
+
+    def is_held_out(self, problem):
+        # Sorted: the same numbers in another order are the same problem, hence the same split.
+        return hashed_share(f"{sorted(problem.numbers)} {problem.target}") < self.held_out
+
+    def prompt(self, problem, style=None):
+        style = style or self.style
+        check_style(style)
+        words = [str(n) for n in problem.numbers]
+        return STYLES[style].format(
+            spaced=" ".join(words), listed=", ".join(words), target=problem.target)
+
+    def reward(self, problem, text):
+        return countdown_reward(text, problem.numbers, problem.target, self.style)
+
+    def canonical(self, text):
+        """The canonical form of the answer in text, None when no answer parses."""
+        node = parse(answer_of(text, self.style))
+        return canonical_form(node[2]) if node else None
+
+    def solutions(self, problem):
+        """All distinct correct answers in canonical form, sorted; A(x) of Eq. (2) counts them."""
+        nodes = all_nodes(problem.numbers)
+        return sorted({canonical_form(t) for a, b, t in nodes if b and a == problem.target * b})
+
+
+# ----------------------------------- a first reading ends here -----------------------------------
+
+
+# ---- Solver and canonical form
 
 # Where parentheses stay: the operators that a left or right operand may not have unwrapped.
 WRAP_LEFT = {"+": "", "-": "", "*": "+-", "/": "+-"}
@@ -176,299 +339,17 @@ def all_nodes(numbers):
     return nodes
 
 
-# ---- Shared by both tasks
-
-
-def hashed_share(text):
-    """A number in [0, 1) that depends on the text alone (Python's own hash changes every run)."""
-    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
-    return int.from_bytes(digest[:4], "big") / 2**32
-
-
-def check_style(style, styles):
-    if style not in styles:
-        raise ValueError(f"Unknown style {style!r}: choose from {', '.join(styles)}.")
-
-
-def check_share(held_out):
-    if not 0 <= held_out <= 1:
-        raise ValueError(f"held_out is a share between 0 and 1, not {held_out}.")
-
-
-# ---- Countdown
-
-
-def answer_of(text, style):
-    """What counts as the answer: the whole text, or for "think" the last <answer>...</answer>.
-
-    "<answer>1</answer> or <answer>2+3</answer>" gives "2+3". A last tag that is not closed, or
-    that stands inside another one, gives "". Anything may surround the tags.
-    """
-    if not isinstance(text, str):
-        return ""
-    if style != "think":
-        return text
-    # Searching from the end keeps this fast on megabytes, which a regular expression would not be.
-    *before, last = text.rsplit("<answer>", 2)
-    nested = len(before) == 2 and "</answer>" not in before[1]
-    if not before or nested or last.count("</answer>") != 1:
-        return ""
-    return last.partition("</answer>")[0]
-
-
-def countdown_reward(text, numbers, target, style="bare") -> float:
-    """1.0 if the answer in text uses each number exactly once and equals target, else 0.0.
-
-    countdown_reward("6/(5/4)", (4, 5, 6), Fraction(24, 5)) is 1.0: no rounding anywhere.
-    """
-    check_style(style, COUNTDOWN_STYLES)
-    answer = answer_of(text, style)
-    node = parse(answer)
-    if node is None:
-        return 0.0
-    # The text parsed, so its digits are its numbers. Sorted lists compare as multisets.
-    numerator, denominator, _ = node
-    used = sorted(int(digits) for digits in re.findall("[0-9]+", answer))
-    return float(used == sorted(numbers) and denominator != 0 and numerator == target * denominator)
-
-
-class Problem(NamedTuple):
-    numbers: tuple[int, ...]  # in the order that the prompt shows
-    target: int
-
-
-# "bare" is for models trained here, "think" the paper's prompt in our words, "ask" for small chat
-# models. The example in "think" is in letters: one in numbers could be copied and be right.
-COUNTDOWN_STYLES = {
-    "bare": "{spaced},{target}=",
-    "think": (
-        "Use the numbers {listed} to make {target}. You may add, subtract, multiply and divide "
-        "(+ - * /) and use parentheses, and every number must be used exactly once. Reason step "
-        "by step inside <think> </think>, then give only the final expression inside "
-        "<answer> </answer>, like <answer>(a + b) * c</answer> with numbers in place of letters."
-    ),
-    "ask": (
-        "Use each of the numbers {listed} exactly once, with + - * / and parentheses, to make "
-        "{target}. Answer with one arithmetic expression and nothing else."
-    ),
-}
-
-
-class Countdown:
-    """Random problems: a count of numbers from counts, each in 1..high, and a target in range.
-
-    held_out is the share of all problems that is kept for evaluation and never trained on.
-    """
-
-    system = "You are a careful assistant who solves arithmetic puzzles."
-
-    def __init__(self, counts=(4,), high=9, targets=(1, 60), style="bare", held_out=0.1):
-        check_style(style, COUNTDOWN_STYLES)
-        check_share(held_out)
-        if not counts or not all(isinstance(n, int) and 2 <= n <= 5 for n in counts):
-            raise ValueError(f"counts must be integers from 2 to 5, not {counts}.")
-        if not isinstance(high, int) or not 1 <= high <= 10**6:
-            raise ValueError(f"high must be an integer from 1 to 10**6, not {high}.")
-        if len(targets) != 2 or targets[0] > targets[1]:
-            raise ValueError(f"targets must be a pair (lowest, highest), not {targets}.")
-        self.counts, self.high, self.targets = tuple(counts), high, tuple(targets)
-        self.style, self.held_out = style, held_out
-
-    def example(self, rng, held_out=False):
-        """One problem of the wanted split with one answer, (Problem((4, 7, 2, 9), 24), "2*(9+7-4)").
-
-        Numbers are joined in random pairs with random operators until one expression is left; it
-        is kept if its value is an integer in range. This defines the distribution over problems:
-        a target is as frequent as random expressions hit it.
-        """
-        if self.held_out == (0 if held_out else 1):
-            raise ValueError(f"held_out={self.held_out} leaves no problem in this split.")
-        # The warm start draws 200,000 of these. int(random() * n) is several times faster than
-        # randrange(n) or choice, and its bias, n / 2**53, does not matter here.
-        draw, high, counts, (low, top) = rng.random, self.high, self.counts, self.targets
-        for _ in range(MAX_TRIES):
-            count = counts[int(draw() * len(counts))]
-            numbers = [int(draw() * high) + 1 for _ in range(count)]
-            nodes = [(n, 1, n) for n in numbers]
-            for left in range(count, 1, -1):
-                x = nodes.pop(int(draw() * left))
-                y = nodes.pop(int(draw() * (left - 1)))
-                nodes.append(join("+-*/"[int(draw() * 4)], x, y))
-            numerator, denominator, tree = nodes[0]
-            if denominator == 0 or numerator % denominator:
-                continue
-            problem = Problem(tuple(numbers), numerator // denominator)
-            if low <= problem.target <= top and self.is_held_out(problem) == held_out:
-                return problem, render(tree)
-        raise ValueError(f"No such problem in {MAX_TRIES} draws: widen targets={self.targets}.")
-
-    def problem(self, rng, held_out=False):
-        return self.example(rng, held_out)[0]
-
-    def held_out_problems(self, n):
-        """The same n distinct held-out problems on every call and every machine;
-        a longer list starts with the shorter one."""
-        rng, problems, repeats = random.Random(0), {}, 0
-        while len(problems) < n and repeats < 1000:
-            problem = self.problem(rng, held_out=True)
-            key = tuple(sorted(problem.numbers)), problem.target
-            repeats = repeats + 1 if key in problems else 0
-            problems.setdefault(key, problem)
-        if len(problems) < n:
-            raise ValueError(f"Only {len(problems)} held-out problems found, not {n}: ask for fewer.")
-        return list(problems.values())
-
-    def is_held_out(self, problem):
-        # Sorted: the same numbers in another order are the same problem, hence the same split.
-        return hashed_share(f"{sorted(problem.numbers)} {problem.target}") < self.held_out
-
-    def prompt(self, problem, style=None):
-        style = style or self.style
-        check_style(style, COUNTDOWN_STYLES)
-        words = [str(n) for n in problem.numbers]
-        return COUNTDOWN_STYLES[style].format(
-            spaced=" ".join(words), listed=", ".join(words), target=problem.target)
-
-    def reward(self, problem, text):
-        return countdown_reward(text, problem.numbers, problem.target, self.style)
-
-    def canonical(self, text):
-        """The canonical form of the answer in text, None when no answer parses."""
-        node = parse(answer_of(text, self.style))
-        return canonical_form(node[2]) if node else None
-
-    def solution(self, problem, rng):
-        """One random correct answer: solution(Problem((1, 2), 3), rng) is "1+2" or "2+1"."""
-        # all_nodes keeps one order of each sum and product: shuffled numbers make it a random one.
-        numbers = rng.sample(problem.numbers, len(problem.numbers))
-        trees = [tree for a, b, tree in all_nodes(numbers) if b and a == problem.target * b]
-        if not trees:
-            raise ValueError(f"{problem} has no solution.")
-        return render(rng.choice(trees))
-
-    def solutions(self, problem):
-        """All distinct correct answers in canonical form, sorted; their number is A(x) in Eq. (2)."""
-        nodes = all_nodes(problem.numbers)
-        return sorted({canonical_form(t) for a, b, t in nodes if b and a == problem.target * b})
+def unsolvable(task):
+    """[a sentence on how many problems of the task's file have no solution], or [] if all have one.
+    At most 500 of up to four numbers are tried, for a few seconds; five numbers take far longer."""
+    problems = [x for x in task.problems.train + task.problems.held_out if len(x.numbers) <= 4]
+    tried = random.Random(0).sample(problems, min(500, len(problems)))
+    lost = sum(not task.solutions(problem) for problem in tried)
+    note = f"{task.problems.path}: {lost} of {len(tried)} problems tried have no solution."
+    return [note] if lost else []
 
 
 # ---- Math
-
-
-def last_boxed(text):
-    """The inside of the last balanced \\boxed{...}, or None: "so \\boxed{\\frac{1}{2}}." gives
-    "\\frac{1}{2}". A box cut off by the end of the text is passed over; a too long one is None."""
-    start = len(text)
-    while (start := text.rfind("\\boxed{", 0, start)) >= 0:
-        inside = text[start + 7 : start + 8 + MAX_ANSWER]
-        depth = 1
-        for match in re.finditer(r"\\.|[{}]", inside, re.DOTALL):  # \{ and \} do not count
-            depth += {"{": 1, "}": -1}.get(match[0], 0)
-            if depth == 0:
-                return inside[: match.start()]
-        if len(inside) > MAX_ANSWER:  # also bounds the loop: earlier boxes are longer still
-            return None
-    return None
-
-
-# Applied in this order. Left: how people write it. Right: the one way we compare. The list only
-# grows by pairs seen in real answers, and each rule must keep different answers different: a
-# verifier that is too kind is found by the policy, one that is too strict costs a little signal.
-REWRITES = [(re.compile(pattern, re.ASCII), by) for pattern, by in [
-    # typography
-    (r"[−–]", "-"),
-    (r"(?<!\\)\\[!,;:>()\[\] ]|\\q?quad|~|\\(?:left|right)(?![a-z])|\\displaystyle", ""),
-    (r"\\[dtc]frac", r"\\frac"),
-    (r"\{,\}", ","),
-    (r"\\text\{\s*(?:and|or)\s*\}", ", "),
-    # units: signs, then words after a digit or bracket; but 3 p.m. is not 3 a.m., nor 2A 2B
-    (r"\^\s*\{?\\circ\}?|\\degree|°|\\?[$%]", ""),
-    (r"(?<=[\d})\]])\s*\\(?:text|mathrm|mbox)\{(?!\s*[ap]\.?m\b|[A-Z]\})[^{}]*\}"
-     r"(?:\^\{?[23]\}?)?\s*$", ""),
-    (r"(?<=\d)\s*(?:cm|mm|km|kg|inch(?:es)?|feet|miles|meters|units?|degrees|dollars|cents|"
-     r"years|days|hours|minutes|seconds)(?:\^\{?[23]\}?)?\s*$", ""),
-    (r"\\(?:text|mathrm|textbf|mbox)\{([^{}]*)\}", r"\1"),
-    # blanks: what they mean is read before they go
-    (r"(?<=\d)\s+(\d+)\s*/\s*(\d+)", r"\\frac{\1}{\2}"),  # "1 1/2" is not 11/2
-    (r",\s+", ";"),  # "100, 200" is a list, "100,200" a number
-    (r"(?<!\d)\s+|\s+(?!\d)", ""),  # "1 2" stays apart: it is not 12
-    # braces that may be left out
-    (r"([_^])\{(\w)\}", r"\1\2"),
-    (r"\\sqrt(\w)", r"\\sqrt{\1}"),
-    (r"\\frac(\d|\\pi)", r"\\frac{\1}"),
-    (r"\\frac(\{[^{}]*\})(\w|\\pi)", r"\\frac\1{\2}"),
-    # one way to write simple quotients and products
-    (r"^(-?)(\d*\\sqrt\{\w+\}|\d*\\pi|\w+)/(\w+)$", r"\1\\frac{\2}{\3}"),
-    (r"^\\frac\{-((?:\w|\\sqrt\{\w+\}|\\pi)+)\}", r"-\\frac{\1}"),
-    (r"(?:\\cdot|\\times|\*)(?=[a-zA-Z(]|\\sqrt|\\pi)", ""),
-    (r"\\cdot|\\times", "*"),  # stays before digits and \frac: 2*\frac12 is not 2\frac12
-    (r"\.$", ""),
-    (r"^\(([A-Z])\)$", r"\1"),  # multiple choice
-]]
-DECIMAL = r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)"
-RATIONAL = re.compile(  # \frac{3}{4}, 1\frac{3}{4}; then 3, 0.75, 3/4. No exponents: 1e999999999
-    rf"([-+]?)(?:([0-9]*)\\frac\{{([-+]?{DECIMAL})\}}\{{([-+]?{DECIMAL})\}}"
-    rf"|({DECIMAL})(?:/({DECIMAL}))?)")
-
-
-def exact(text):
-    """The Fraction that text writes, or None: "0.50", "1/2" and "\\frac{1}{2}" give the same."""
-    match = RATIONAL.fullmatch(text)
-    if not match:
-        return None
-    sign, whole, top, bottom, number, under = match.groups()
-    top, bottom = Fraction(top or number), Fraction(bottom or under or 1)
-    if bottom == 0:
-        return None
-    value = Fraction(whole or 0) + top / bottom
-    return -value if sign == "-" else value
-
-
-def split_list(text):
-    """Parts between top-level commas, None if brackets do not match: "(1,2),3" -> ["(1,2)", "3"]."""
-    parts, depth = [""], 0
-    for char in text:
-        depth += (char in "([{") - (char in ")]}")
-        if depth < 0:
-            return None
-        if char in ",;" and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += char
-    return parts
-
-
-def normal_part(text):
-    """One text for all ways to write a number, tuple, interval or set: "(0.5,3)" -> "(1/2,3)"."""
-    if re.fullmatch(r"[-+]?[0-9]{1,3}(,[0-9]{3})+(\.[0-9]*)?", text):  # thousands
-        text = text.replace(",", "")
-    value = exact(text)
-    if value is not None:
-        return str(value)
-    if "\\cup" in text:
-        return "\\cup".join(sorted(normal_part(part) for part in text.split("\\cup")))
-    braces = text[:2] == "\\{" and text[-2:] == "\\}"
-    parts = split_list(text[2:-2] if braces else text) or [text]
-    if braces or len(parts) > 1:  # a list without brackets is read as a set, too: "x=1,x=2"
-        return "{" + ",".join(sorted({normal_part(part) for part in parts})) + "}"
-    parts = split_list(text[1:-1]) or []
-    if text[:1] in ("(", "[") and text[-1:] in (")", "]") and len(parts) > 1:
-        return text[0] + ",".join(normal_part(part) for part in parts) + text[-1]
-    return text.replace(";", ",")
-
-
-# "x=", "x \in" and "(x,y)=" at the start of an answer or of each item of a list.
-VARIABLE = re.compile(r"(^|[,;])([a-zA-Z](?:_?\w)?|\(\w(?:[,;]\w)+\))(?:=|\\in(?![a-z]))", re.ASCII)
-
-
-def normal_form(text):
-    """(variable, form) of an answer: "x = \\dfrac12" gives ("x", "1/2"), "50\\%" gives ("", "50")."""
-    for pattern, by in REWRITES:
-        text = pattern.sub(by, text)
-    names = {name.replace(";", ",") for _, name in VARIABLE.findall(text)}
-    if len(names) == 1:
-        return names.pop(), normal_part(VARIABLE.sub(r"\1", text))
-    return "", normal_part(text)
 
 
 def math_reward(text, answer) -> float:
@@ -489,52 +370,319 @@ def math_reward(text, answer) -> float:
     return float(form == true_form and form != "")
 
 
+# "x=", "f(x)=", "AB=", "x \in" and "(x,y)=" at the start of an answer or of each item of a list.
+VARIABLE = re.compile(
+    r"(^|[,;])((?:[a-zA-Z]|[A-Z]{2,3}|\\angle[A-Z]{1,3}|\\(?:alpha|beta|gamma|delta|theta|lambda|mu"
+    r"|phi|varphi|omega))(?:\d|_\w|_\{\w+\})?'?(?:\^\{-1\})?(?:\(\w\))?|\(\w(?:[,;]\w)+\))"
+    r"(?:=|\\in(?![a-z]))", re.ASCII)
+
+
+def normal_form(text):
+    """(variable, form) of an answer: "x = \\dfrac12" gives ("x", "1/2"), "50\\%" ("", "50")."""
+    for pattern, by in REWRITES:
+        text = pattern.sub(by, text)
+    names = {name.replace(";", ",") for _, name in VARIABLE.findall(text)}
+    if len(names) == 1:
+        return names.pop(), normal_part(VARIABLE.sub(r"\1", text))
+    return "", normal_part(text)
+
+
+def last_boxed(text):
+    """The inside of the last balanced \\boxed{...}, or None: "so \\boxed{\\frac{1}{2}}." gives
+    "\\frac{1}{2}". A box cut off by the end of the text is passed over; a too long one is None."""
+    start = len(text)
+    while (start := text.rfind("\\boxed{", 0, start)) >= 0:
+        inside = text[start + 7 : start + 8 + MAX_ANSWER]
+        depth = 1
+        for match in re.finditer(r"\\.|[{}]", inside, re.DOTALL):  # \{ and \} do not count
+            depth += {"{": 1, "}": -1}.get(match[0], 0)
+            if depth == 0:
+                return inside[: match.start()]
+        if len(inside) > MAX_ANSWER:  # also bounds the loop: earlier boxes are longer still
+            return None
+    return None
+
+
+def digits_alone(match):
+    return re.sub(r"[^-+0-9]", "", match[0])
+
+
+def with_commas(match):
+    return re.sub(r"(?: *[,;])? *\b(?:and|or)\b(?: *[,;])? *", ", ", match[0])
+
+
+TEXT = r"\\(?:text(?:rm|bf|it|normal)?|mathrm|mbox)"
+# In \text{} after a number stands a unit, unless it may change what the number says:
+# 3 a.m. is not 3 p.m., 2\mathrm{i} is not 2, 3 million and 3 or more are not 3.
+UNIT = TEXT + (
+    r"\{(?!(?i: ?[ap]\.? ?m\b| ?(?![mgshl]\b)[a-z] ?\}|[^{}]*\b(?:and|or|to|than|if|for|except"
+    r"|is|are|not?|none|more|less|fewer|greater|most|least|plus|minus|positive|negative|squared"
+    r"|cubed|even|odd|over|mod|base|remainder|r|factorial|hundred|thousand|[a-z]*illions?|dozens?"
+    r"|half|halves|thirds?|quarters?|th|times|north|south|east|west|left|right|up|down|above|below"
+    r"|before|after|bce?|ad)\b))[a-zA-Z .'/-]*(?:\^\{?[23]\}?)?\}")
+PLAIN_UNIT = (
+    r"(?:(?:square|cubic|sq\.?) ?)?(?:cm|mm|km|kg|inch(?:es)?|feet|miles|meters|units?|degrees"
+    r"|dollars|cents|years|days|hours|minutes|seconds|percent|pct)")
+
+# Applied in this order. Left: how people write it. Right: the one way we compare. The list only
+# grows by pairs seen in real answers, and each rule must keep different answers different: a
+# verifier that is too kind is found by the policy, one that is too strict costs a little signal.
+REWRITES = [(re.compile(pattern, re.ASCII), by) for pattern, by in [
+    # typography
+    (r"\s+", " "),
+    (r"[−–]", "-"),
+    (r"\^ ?\{?\\circ\}?|\\degree|°|\\?[$%]", ""),
+    (r"\. ?$", ""),
+    (r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle)(?![a-zA-Z])", ""),
+    # blanks and commas that stand in large numbers only: 1\,234, 1{,}234, 1,\! 234, 1 234
+    (r"(?<![\w.^])(?<![^\\],)[1-9]\d{0,2}(?:(?:\{,\}|, ?\\! ?|\\!|\\[, ]|[~ ])\d{3})+"
+     r"(?!\d|,\d|(?:\\[, ]|[~ ])*[\d/])", digits_alone),
+    (r"-0,(?=\d)", "-0{,}"),  # a decimal comma: -0,5 is not the list of 0 and 5
+    (r"(?<!\\)\\[!()\[\]]", ""),
+    (r"(?:(?<!\\)\\(?:[,;:> ]|q?quad(?![a-z]))|[~ ])+", " "),
+    # symbols with several names
+    (r"\\[dtc]frac", r"\\frac"),
+    (r"\\leq?(?:slant)?(?![a-z])|≤", "<="),
+    (r"\\geq?(?:slant)?(?![a-z])|≥", ">="),
+    (r"\\lt(?![a-z])", "<"),
+    (r"\\gt(?![a-z])", ">"),
+    (r"\\neq?(?![a-z])|!=", "≠"),
+    (r"\\cup(?![a-z])|(?<=[)\]]) ?U ?(?=[(\[])", "∪"),
+    (r"\\varnothing|∅", r"\\emptyset"),
+    (r"\\(begin|end)\{bmatrix\}", r"\\\1{pmatrix}"),
+    (r"[(\[] ?\\begin\{(?:matrix\}|array\}\{[clr]+\})((?:(?!\\begin|\\end).)*)"
+     r"\\end\{(?:matrix|array)\} ?[)\]]", r"\\begin{pmatrix}\1\\end{pmatrix}"),
+    # units, at the end and after a number
+    (rf"(?:(?<=[\d}})\]])|(?<=\\pi)) ?(?:{UNIT}|{PLAIN_UNIT})(?:\^\{{?[23]\}}?)?[. ]*$", ""),
+    (rf"{TEXT}\{{([^{{}}]*)\}}", r" \1 "),
+    (r"(?i)(?<=\d) *a\.? ?m\b\.?", "am"),
+    (r"(?i)(?<=\d) *p\.? ?m\b\.?", "pm"),
+    (r"^[^<>≠]*$", with_commas),  # a list; but "x<1 or x>2" is not "x<1 and x>2"
+    # blanks: what they mean is read before they go
+    (r" +", " "),
+    (r"(?<=\d) (\d+) ?/ ?(\d+)", r"\\frac{\1}{\2}"),  # "1 1/2" is not 11/2
+    (r", ", ";"),  # "100, 200" is a list, "100,200" a number
+    (r"(?<!\d) | (?!\d)", ""),  # "1 2" stays apart: it is not 12
+    # 1,234 where it stands alone, not in (1,234)
+    (r"(?:^|(?<=[;=<>∪]))[-+]?[1-9]\d{0,2}(?:,\d{3})+(?=\.\d|[;=<>∪]|\.?$)", digits_alone),
+    # braces and signs that may be left out
+    (r"([_^])\{(\w)\}", r"\1\2"),
+    (r"\\sqrt(\w)", r"\\sqrt{\1}"),
+    (r"\\frac(\d|\\pi)", r"\\frac{\1}"),
+    (r"\\frac(\{(?:[^{}]|\{[^{}]*\})*\})(\w|\\pi)", r"\\frac\1{\2}"),
+    (r"(?:^|(?<=[(\[,;=<>∪]))\+(?=[\d.\\])", ""),
+    (r"^\\frac\{-((?:\w|\\sqrt\{\w+\}|\\pi)+)\}", r"-\\frac{\1}"),
+    (r"(?:\\cdot|\\times|\*)(?=[a-zA-Z(]|\\sqrt|\\pi)", ""),
+    (r"\\cdot|\\times", "*"),  # stays before digits and \frac: 2*\frac12 is not 2\frac12
+]]
+NUMBER = r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"  # no exponents: 1e999999999
+SYMBOLS = r"((?:(?:\\pi|\\sqrt\{\w+\}|[a-zA-Z])(?:\^\w)?)*)"
+TERM = re.compile(  # 0.75, -2\pi, \frac{3}{4}, 1\frac{3}{4}, \frac{3}{4}\pi, \frac{-3\pi}{4}
+    rf"([-+]?)({NUMBER}?)"
+    rf"(?:\\frac\{{([-+]?)({NUMBER}?){SYMBOLS}\}}\{{([-+]?{NUMBER})\}})?{SYMBOLS}", re.ASCII)
+QUOTIENT = re.compile(  # 3/4, 3\pi/4, \sqrt{3}/2, x/y
+    rf"^([-+]?)((?:\d*(?:\\sqrt\{{\w+\}}|\\pi)|\w+)(?:\^\w)?|{NUMBER})"
+    rf"/({NUMBER}|[a-zA-Z]|\\pi|\\sqrt\{{\w+\}})$", re.ASCII)
+
+
+def normal_term(text):
+    """One text for all ways to write a number or a multiple of symbols, exact as a fraction:
+    "0.50", "1/2" and "\\frac{1}{2}" give "1/2", and "0.75x" gives "3/4*x"."""
+    text = QUOTIENT.sub(r"\1\\frac{\2}{\3}", text)
+    match = TERM.fullmatch(text)
+    if not match:
+        return text.replace(";", ",")
+    sign, whole, sign_above, top, above, bottom, after = match.groups()
+    symbols = (above or "") + after
+    if not (whole or bottom or symbols):
+        return text
+    value = Fraction(whole or 1)
+    if bottom:
+        mixed = whole.isdigit() and not symbols  # 2\frac12x may be a sum or a product
+        if not (top or above) or Fraction(bottom) == 0 or whole and not mixed:
+            return text
+        value = Fraction(whole or 0) + Fraction(sign_above + (top or "1")) / Fraction(bottom)
+    value = -value if sign == "-" else value
+    return str(value) if not symbols else symbols if value == 1 else f"{value}*{symbols}"
+
+
+def split_list(text, separators=",;"):
+    """Parts between top-level separators: "(1,2),3" -> ["(1,2)", "3"]. None where brackets do not
+    match or are nested deeper than people write, so that reading stays fast."""
+    parts, depth, start = [], 0, 0
+    for match in re.finditer(rf"[()\[\]{{}}{separators}]", text):
+        depth += (match[0] in "([{") - (match[0] in ")]}")
+        if not 0 <= depth <= 10:
+            return None
+        if depth == 0 and match[0] in separators:
+            parts.append(text[start : match.start()])
+            start = match.end()
+    return None if depth else [*parts, text[start:]]
+
+
+def normal_part(text):
+    """One text for all ways to write a number, list, tuple, interval, set or matrix:
+    "(0.5,3)" -> "(1/2,3)"."""
+    sets = split_list(text, "∪") or [text]
+    if len(sets) > 1:
+        return "∪".join(sorted(normal_part(part) for part in sets))
+    braces = text[:2] == "\\{" and text[-2:] == "\\}" and split_list(text[2:-2])
+    parts = braces or split_list(text) or [text]
+    if braces or len(parts) > 1:  # a list without brackets is read as a set, too: "x=1,x=2"
+        return "{" + ",".join(sorted(normal_part(part) for part in parts)) + "}"
+    inside = split_list(text[1:-1]) if text[:1] in ("(", "[") and text[-1:] in (")", "]") else None
+    if inside and len(inside) > 1:
+        return text[0] + ",".join(normal_part(part) for part in inside) + text[-1]
+    if inside and text[0] + text[-1] == "()":  # "(5)", "(B)"
+        return normal_part(inside[0])
+    matrix = re.fullmatch(r"\\begin\{pmatrix\}(.*?)(?:\\\\)?\\end\{pmatrix\}", text)
+    if matrix:
+        rows = [row.split("&") for row in matrix[1].split("\\\\")]
+        return f"matrix {[[normal_part(cell) for cell in row] for row in rows]}"
+    return "".join(normal_term(part) for part in re.split("(<=|>=|[=<>≠])", text))
+
+
+class MathVerify:
+    """The grader of the package math-verify, called like `math_reward`. A text on which it raises,
+    or that takes it more than its limit of 5 s, gets 0.0 and is counted in `failed`. The limit is a
+    signal: it holds in the main thread, and ends sympy's loops but no single long step in C."""
+
+    def __init__(self):
+        try:
+            import math_verify.errors
+        except ImportError:
+            raise ValueError("--verifier math-verify needs that package: pip install math-verify.")
+        self.package, self.failed = math_verify, 0
+
+    def __call__(self, text, answer):
+        parse, verify = self.package.parse, self.package.verify
+        try:
+            reference = parse(f"\\boxed{{{answer}}}", raise_on_error=True)
+            return float(verify(reference, parse(text, raise_on_error=True), raise_on_error=True))
+        except (Exception, self.package.errors.TimeoutException):  # the latter is no Exception
+            self.failed += 1
+            if str(self.failed).strip("0") == "1":  # told at 1, 10, 100, ...
+                print(f"math-verify failed on {self.failed} answers so far: they count as wrong.")
+            return 0.0
+
+
+class Math:
+    """Questions from a file, split like Countdown; held_out=1.0 keeps all for evaluation.
+    verifier: "ours", which is `math_reward`, or "math-verify", which is the package."""
+
+    style = "boxed"
+    system = "Please reason step by step, and put your final answer within \\boxed{}."
+
+    def __init__(self, path, held_out=0.1, verifier="ours"):
+        check_share(held_out)
+        self.held_out, self.judge = held_out, math_reward
+        self.problems = Problems(path, read_math, self.is_held_out)
+        self.notes = self.problems.notes  # what the user should hear about the file
+        if verifier == "math-verify":
+            self.judge = MathVerify()
+            return
+        answers = [problem.answer for problem in self.problems.train + self.problems.held_out]
+        lost = [answer for answer in answers if math_reward(f"\\boxed{{{answer}}}", answer) == 0]
+        if lost:
+            self.notes.append(f"{path}: no answer can match {len(lost)} of the {len(answers)} "
+                              f"reference answers, the first of them {lost[0][:50]!r}.")
+
+    def problem(self, rng, held_out=False):
+        return self.problems.draw(rng, held_out)
+
+    def held_out_problems(self, n=None):
+        """The first n held-out problems in file order, all of them without n."""
+        return self.problems.held_out[:n]
+
+    def is_held_out(self, problem):
+        return hashed_share(problem.question) < self.held_out
+
+    def prompt(self, problem):
+        """The question with the paper's sentence."""
+        return (f"{problem.question}\n\nLet's think step by step and output the final answer "
+                "within \\boxed{}.")
+
+    def reward(self, problem, text):
+        return self.judge(text, problem.answer)
+
+    def canonical(self, text):
+        """The normal form of the last boxed answer, None when there is none."""
+        boxed = last_boxed(text) if isinstance(text, str) else None
+        return normal_form(boxed)[1] or None if boxed else None
+
+
+# ---- Reading of files, and the split
+
+
+def hashed_share(text):
+    """A number in [0, 1) that depends on the text alone (Python's own hash changes every run)."""
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:4], "big") / 2**32
+
+
+def check_style(style):
+    if style not in STYLES:
+        raise ValueError(f"Unknown style {style!r}: choose from {', '.join(STYLES)}.")
+
+
+def check_share(held_out):
+    if not 0 <= held_out <= 1:
+        raise ValueError(f"held_out is a share between 0 and 1, not {held_out}.")
+
+
+class Problems:
+    """The problems of a file, split in two lists, `train` and `held_out`, in file order."""
+
+    def __init__(self, path, read, is_held_out):
+        self.path, self.notes = path, []
+        problems = load_problems(path, read, self.notes.append)
+        self.train = [problem for problem in problems if not is_held_out(problem)]
+        self.held_out = [problem for problem in problems if is_held_out(problem)]
+
+    def draw(self, rng, held_out):
+        problems = self.held_out if held_out else self.train
+        if not problems:
+            kind = "held-out problem" if held_out else "problem to train on"
+            raise ValueError(f"The split leaves no {kind} of {self.path}.")
+        return rng.choice(problems)
+
+    def leave_out(self, tokens_of, room):
+        """Drop problems whose prompt, of tokens_of(problem) tokens, exceeds room -> how many."""
+        before = len(self.train) + len(self.held_out)
+        self.train = [problem for problem in self.train if tokens_of(problem) <= room]
+        self.held_out = [problem for problem in self.held_out if tokens_of(problem) <= room]
+        return before - len(self.train) - len(self.held_out)
+
+
 class MathProblem(NamedTuple):
     question: str
     answer: str  # LaTeX or plain
 
 
-def load_problems(path):
-    """The problems of a .jsonl file, a local one or hf://owner/repo[@revision]/path/file.jsonl.
+def read_math(record):
+    """The MathProblem of a JSON object; a ValueError says what it lacks.
 
-    A line has problem, question or prompt, and answer or solution: {"problem": "1+1?", "answer":
-    "2"}. Of a worked solution only what follows "####", or its last \\boxed{}, is the answer.
+    It has problem, question or prompt, a text or a chat, and answer, label or solution. Of a worked
+    solution only what follows "####", or its last \\boxed{}, is the answer.
     """
-    file = path
-    if str(path).startswith("hf://"):
-        file = download(path)
-    try:
-        with open(file, "rb") as stream:  # bytes, so that bad UTF-8 is an error of its line
-            lines = stream.read().split(b"\n")
-    except OSError as error:
-        raise ValueError(f"Cannot read {path}: {error.strerror}.") from None
-    problems = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            problems.append(read_problem(json.loads(line)))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number}: {error}") from None
-    if not problems:
-        raise ValueError(f"{path} holds no problems.")
-    return problems
-
-
-def read_problem(record):
-    """The MathProblem of one line's JSON; a ValueError says what it lacks."""
-    if not isinstance(record, dict):
-        raise ValueError("not a JSON object")
     question = next((record[k] for k in ("problem", "question", "prompt") if record.get(k)), None)
-    fields = [k for k in ("answer", "final_answer", "solution") if record.get(k) not in (None, "")]
+    if isinstance(question, list):  # a chat: what its user said last
+        turns = [turn for turn in question if isinstance(turn, dict) and turn.get("role") == "user"]
+        question = turns[-1].get("content") if turns else None
+    if isinstance(record.get("reward_model"), dict):  # verl keeps ground_truth in there
+        record = record["reward_model"] | record
+    keys = ("answer", "final_answer", "label", "ground_truth", "solution")
+    fields = [key for key in keys if record.get(key) not in (None, "")]
     answer = record[fields[0]] if fields else None
     if isinstance(answer, list) and len(answer) == 1:  # OlympiadBench
         answer = answer[0]
     if not isinstance(question, str):
         raise ValueError("no text under problem, question or prompt")
     if not isinstance(answer, (str, int, float)):
-        raise ValueError("no text or number under answer, final_answer or solution")
-    answer = str(answer)
+        raise ValueError("no text or number under answer, final_answer, label or solution")
+    if isinstance(answer, float):  # 1e+16 is nothing that an answer would say
+        answer = format(Decimal(str(answer)), "f")
+    answer = re.sub(r"\\boxed\s+(\w+)", r"\\boxed{\1}", str(answer))
     boxed = last_boxed(answer)
     if "####" in answer:  # GSM8K
         answer = answer.rpartition("####")[2]
@@ -545,60 +693,121 @@ def read_problem(record):
     return MathProblem(question, answer.strip())
 
 
+def read_countdown(record):
+    """The Problem of a JSON object such as {"target": 44, "nums": [19, 36, 55, 7]}."""
+    numbers, target = record.get("nums"), record.get("target")
+    whole = isinstance(numbers, list) and {type(n) for n in [target, *numbers]} == {int}
+    if not whole or min(numbers, default=-1) < 0:
+        raise ValueError("no whole numbers under nums and target")
+    return Problem(tuple(numbers), target)
+
+
+def load_problems(path, read=read_math, say=print):
+    """What `read` makes of each JSON object of a file, one a line or all in one array.
+
+    path: a local file, or hf://owner/repo[@revision]/path/file.jsonl. An object that read refuses
+    is left out, and `say` is told how many were; ValueError where none is left.
+    """
+    file = download(path) if str(path).startswith("hf://") else path
+    try:
+        data = Path(file).read_bytes()
+    except OSError as error:
+        raise ValueError(f"Cannot read {path}: {error.strerror}.") from None
+    if data[:4] == b"PAR1":
+        code = f"pandas.read_parquet('{file}').to_json('data.jsonl', orient='records', lines=True)"
+        raise ValueError(f"{path} is a parquet file, to be converted once by: "
+                         f'python -c "import pandas; {code}"')
+    try:
+        array = data.lstrip()[:1] == b"["
+        lines = [json.dumps(x) for x in json.loads(data)] if array else data.split(b"\n")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not a JSON array: {error}.") from None
+    problems, refused = [], []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            if not isinstance(record, dict):
+                raise ValueError("not a JSON object")
+            problems.append(read(record))
+        except (ValueError, RecursionError) as error:
+            refused.append(f"line {number}: {error}")
+    if not problems:
+        raise ValueError(f"{path} holds no problems" + (f"; {refused[0]}." if refused else "."))
+    if refused:
+        count = len(refused) + len(problems)
+        say(f"{path}: {len(refused)} of {count} lines left out, the first {refused[0]}.")
+    return problems
+
+
 def download(path):
-    """The local path of a file in a Hugging Face dataset repository: the only use of the network."""
+    """The local copy of a file in a Hugging Face dataset repository; nothing else goes online."""
     match = re.fullmatch(r"hf://([^/@]+/[^/@]+)(?:@([^/]+))?/(.+)", path)
     if not match:
         raise ValueError(f"{path} is not of the form hf://owner/repo/file.jsonl.")
-    repo, revision, filename = match.groups()
-    import huggingface_hub  # only here, so that everything else runs without it
-
     try:
-        return huggingface_hub.hf_hub_download(
-            repo_id=repo, filename=filename, repo_type="dataset", revision=revision)
+        from huggingface_hub import hf_hub_download  # everything else runs without it
+
+        return hf_hub_download(
+            repo_id=match[1], revision=match[2], filename=match[3], repo_type="dataset")
     except Exception as error:  # offline, no such file, no access: many types, one sentence
         raise ValueError(f"Cannot fetch {path}: {' '.join(str(error).split())}") from None
 
 
-MATH_STYLES = {  # the paper's sentence
-    "boxed": "{question}\n\nLet's think step by step and output the final answer within \\boxed{{}}.",
+# ---- The task's flags, which train.py and eval.py share
+
+# The flags that say what is measured.
+SETTING = ("task", "prompt", "counts", "high", "targets", "max_new_tokens", "verifier")
+
+# The style decides the defaults: a bare expression, or reasoning that ends in a tag or a box.
+DEFAULTS = {
+    "bare": {"counts": [4], "high": 9, "targets": [1, 60], "max_new_tokens": 24},
+    "ask": {"counts": [3, 4], "high": 99, "targets": [10, 100], "max_new_tokens": 48},
+    "think": {"counts": [3, 4], "high": 99, "targets": [10, 100], "max_new_tokens": 1024},
+    "boxed": {"verifier": "ours", "max_new_tokens": 2048},
 }
 
 
-class Math:
-    """Questions from a file, split like Countdown; held_out=1.0 keeps all for evaluation."""
+def add_task_flags(parser):
+    group = parser.add_argument_group("the task")
+    flag = group.add_argument
+    flag("--task", choices=["countdown", "math"], default="countdown")
+    flag("--data", help="problems as FILE.jsonl or hf://owner/repo/file.jsonl; countdown: default "
+         "is to make them up, and with --data only those of the warm start are")
+    flag("--prompt", choices=[*STYLES, Math.style], help="the style: how to ask, and where the "
+         "answer is; default: bare, or think (math: boxed) where there is a chat template")
+    flag("--counts", type=int, nargs="+", help="countdown: how many numbers a problem may have")
+    flag("--high", type=int, help="countdown: largest number")
+    flag("--targets", type=int, nargs=2, help="countdown: smallest and largest target")
+    flag("--verifier", choices=["ours", "math-verify"], help="math: who compares answers, default "
+         "ours; math-verify is a package that can do algebra")
+    flag("--max-new-tokens", type=int, help="longest answer")
 
-    system = "Please reason step by step, and put your final answer within \\boxed{}."
 
-    def __init__(self, path, held_out=0.1, style="boxed"):
-        check_style(style, MATH_STYLES)
-        check_share(held_out)
-        self.path, self.held_out, self.style = path, held_out, style
-        self.problems = {False: [], True: []}  # by split
-        for problem in load_problems(path):
-            self.problems[self.is_held_out(problem)].append(problem)
+def fill_task_flags(flags, tokenizer):
+    """Fill in, in place, what the task's flags leave open; ValueError where they contradict."""
+    math = flags.task == "math"
+    if flags.prompt is None:
+        flags.prompt = "boxed" if math else "bare" if tokenizer.chat_template is None else "think"
+    if math != (flags.prompt == "boxed"):
+        raise ValueError(f"--prompt {flags.prompt} does not go with --task {flags.task}.")
+    for name, value in DEFAULTS[flags.prompt].items():
+        if getattr(flags, name) is None:
+            setattr(flags, name, value)
+    if flags.max_new_tokens < 1:
+        raise ValueError("--max-new-tokens must be at least 1.")
+    if math and flags.data is None:
+        raise ValueError("--task math needs --data, a .jsonl file or hf://owner/repo/file.jsonl.")
+    if flags.verifier and not math:
+        raise ValueError("--verifier belongs to --task math.")
+    if math and (flags.counts or flags.high or flags.targets):
+        raise ValueError("--counts, --high and --targets belong to --task countdown.")
 
-    def problem(self, rng, held_out=False):
-        if not self.problems[held_out]:
-            raise ValueError(f"held_out={self.held_out} leaves no problem of {self.path} here.")
-        return rng.choice(self.problems[held_out])
 
-    def held_out_problems(self, n=None):
-        """The first n held-out problems in file order, all of them without n."""
-        return self.problems[True][:n]
-
-    def is_held_out(self, problem):
-        return hashed_share(problem.question) < self.held_out
-
-    def prompt(self, problem, style=None):
-        style = style or self.style
-        check_style(style, MATH_STYLES)
-        return MATH_STYLES[style].format(question=problem.question)
-
-    def reward(self, problem, text):
-        return math_reward(text, problem.answer)
-
-    def canonical(self, text):
-        """The normal form of the last boxed answer, None when there is none."""
-        boxed = last_boxed(text) if isinstance(text, str) else None
-        return normal_form(boxed)[1] or None if boxed else None
+def make_task(flags, held_out=0.1):
+    """The task that flags describe, once `fill_task_flags` has seen them."""
+    if flags.task == "math":
+        return Math(flags.data, held_out, flags.verifier)
+    counts, targets = tuple(flags.counts), tuple(flags.targets)
+    return Countdown(counts, flags.high, targets, flags.prompt, held_out, flags.data)

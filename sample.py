@@ -89,9 +89,8 @@ class Answers:
     """The answers so far, of all B rows. Everything is written in place: a CUDA graph holds it."""
 
     def __init__(self, B, room, stop_ids, generator, device):
-        # All chance is here, one uniform a token, so that what a row says does not depend on which
-        # other rows are still going. They are drawn row by row: a batch that is cut into pieces,
-        # one after the other, draws what the whole batch draws.
+        # All chance is here, one uniform a token and row by row, so that what a row says depends
+        # neither on which others are still going nor on how a batch is cut into pieces.
         where = generator.device if generator else device
         self.uniform = torch.rand(B, room, generator=generator, device=where).to(device)
         self.tokens = torch.zeros(B, room, dtype=torch.int64, device=device)

@@ -9,6 +9,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")          # tensors here are too sm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "core: the mathematics of one function (tests/test_losses.py)")
+    config.addinivalue_line("markers", "care: what real batches need besides: padding, dtypes, errors in words, stats")
+
+
 @pytest.fixture(params=["cpu", "cuda"])
 def device(request):
     """A test that takes this runs on every kind of device that is there."""

@@ -81,10 +81,39 @@ def test_intervals_are_over_problems_and_gains_are_paired():
 
 
 def test_the_table_names_every_model_and_measure():
+    """By hand: of 8 answers 1, 2, 3 and 2, 2, 5 are right: Pass@1 25.0 and 37.5, and 12.5 more."""
     text = evaluation.table(evaluation.summary({"base": fake([1, 2, 3]), "mine": fake([2, 2, 5])}))
     head, *lines = text.splitlines()
-    assert head.split() == ["base", "mine", "mine", "-", "base"]
+    assert head.split() == ["base", "mine", "(gain", "over", "base)"]
     assert [line.split()[0] for line in lines][:4] == ["Pass@1", "Pass@2", "Pass@4", "Pass@8"]
+    _, base, _, _, mine, gain, _, _ = lines[0].split()
+    assert (base, mine, gain) == ("25.0", "37.5", "+12.5"), lines[0]
+
+
+def test_the_chart_has_every_curve():
+    """Two letters, one a k each; the better model stands higher."""
+    text = evaluation.chart(evaluation.summary({"base": fake([0, 1, 2]), "mine": fake([8, 8, 8])}))
+    grid = [line.partition("|")[2] for line in text.splitlines() if "|" in line]
+    assert sum(line.count("a") for line in grid) == sum(line.count("b") for line in grid) == 4
+    assert grid[0].count("b") == 4, "100 % at every k is the top line"
+    assert text.splitlines()[-2].split() == ["k", "1", "2", "4", "8"] and "a base, b mine" in text
+
+
+@pytest.mark.parametrize("temperatures", [(1.0,), (0.4, 1.0)])
+def test_a_picture_has_plain_ticks_a_legend_and_a_title(tmp_path, temperatures, monkeypatch):
+    pytest.importorskip("matplotlib").use("Agg")
+    import matplotlib.pyplot as plt
+    monkeypatch.setattr(plt, "close", lambda figure: None)                      # so that it can be looked at
+    some = {T: evaluation.summary({"base": fake([0, 1, 2]), "mine": fake([2, 5, 8])}) for T in temperatures}
+    evaluation.plot(some, tmp_path / "x.png", "Countdown")
+    axes = plt.gcf().axes[0]
+    assert (tmp_path / "x.png").stat().st_size > 5000 and axes.get_title() == "Countdown"
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["base", "mine"]
+    if len(temperatures) == 1:
+        assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "2", "4", "8"]
+    else:
+        assert axes.get_xlabel() == "Pass@1 (%)" and axes.get_ylabel() == "Pass@8 (%)"
+        assert sorted(text.get_text() for text in axes.texts) == ["T 0.4", "T 0.4", "T 1.0", "T 1.0"]
 
 
 def test_evaluate_ends_in_one_record_a_problem_for_any_batching():
@@ -104,10 +133,33 @@ def test_command_line(tmp_path, capsys):
     flags = ["--n", "4", "--problems", "3", "--json", str(out), "--device", "cpu"]
     assert evaluation.main([str(tmp_path / "model"), *flags]) == 0
     assert "Pass@4" in capsys.readouterr().out
-    assert len(json.loads(out.read_text())["records"]["model"]) == 3
+    assert len(json.loads(out.read_text())["records"]["0.7"]["model"]) == 3
     for bad, says in ((["nowhere/at/all"], "neither a folder here"), ([str(tmp_path / "model"), "--n", "0"], "--n"),
                       ([str(tmp_path)], "config.json"), ([str(tmp_path / "model"), "--task", "math"], "--data"),
                       ([str(tmp_path / "model"), "--task", "math", "--data", "no.jsonl"], "no.jsonl")):
         assert evaluation.main([*bad, *(flags if "--n" not in bad else flags[2:])]) == 2
         error = capsys.readouterr().err
         assert says in error and error.count("\n") == 1, error
+
+
+def test_several_temperatures_give_a_table_each_and_flags_may_be_spelt_either_way(tmp_path, capsys):
+    policy, tokenizer = policy_module.tiny(width=32, layers=1, heads=2, kv_heads=1, inner=32)
+    policy_module.save(policy, tokenizer, tmp_path / "model")
+    out = tmp_path / "out.json"
+    assert evaluation.main([str(tmp_path / "model"), "--n", "2", "--problems", "3", "--json", str(out), "--device", "cpu",
+                            "--temperatures", "0.5", "1.5", "--max_new_tokens=6"]) == 0
+    text, written = capsys.readouterr().out, json.loads(out.read_text())
+    assert text.count("Pass@2") == 2 and "temperature 0.5," in text and "temperature 1.5," in text
+    hot, cold = (np.mean([r["nats"] for r in written["records"][T]["model"]]) for T in ("1.5", "0.5"))
+    assert hot > cold and written["flags"]["max_new_tokens"] == 6
+
+
+def test_a_fingerprint_tells_files_and_models_apart(tmp_path):
+    policy, tokenizer = policy_module.tiny(width=32, layers=1, heads=2, kv_heads=1, inner=32)
+    policy_module.save(policy, tokenizer, tmp_path / "one")
+    policy_module.save(policy, tokenizer, tmp_path / "same")
+    next(policy.parameters()).data[0] += 1
+    policy_module.save(policy, tokenizer, tmp_path / "other")
+    one, same, other = (evaluation.fingerprint(tmp_path / name) for name in ("one", "same", "other"))
+    assert one == same != other
+    assert evaluation.fingerprint("owner/model") == "owner/model", "what is no path here stands for itself"

@@ -3,30 +3,41 @@
 Bugs that these tests kill; each was put in once and seen to fail:
   verifier    a number used twice or left out; "1 2" read as 12; signs, "**", "//", "07" accepted;
               1/(1/0) taken for 0; floats or a tolerance instead of exact fractions; text after the
-              answer ignored; other characters skipped; "-" and "/" grouped from the right; the first
-              answer tag read, or one that is open, nested or closed twice; no cap on length, on depth
+              answer ignored; other characters skipped; "-" and "/" grouped from the right; the
+              first answer tag read, or one that is open, nested or closed twice; no cap on length,
+              on depth
   generator   a number of the problem not used; operands in the order of the prompt; needed
               brackets dropped, needless ones kept; target outside the range; the other split
   solver      one order of "-" or "/" forgotten; a split of the numbers forgotten; duplicates or 0/0
-              counted; a-(b-c) kept apart from a-b+c; a*(b+c) merged with a*b+c; `solution` always
-              the same one, or always with the same order of operands
+              counted; a-(b-c) kept apart from a-b+c; a*(b+c) merged with a*b+c
   split       the order of the numbers matters; Python's own hash; other problems on each call
-  math        each rule of REWRITES left out; first box, or one cut off, read; braces of \\{ counted;
-              only the end of the text read; time quadratic in the boxes; "(1,234)" a number, "1,234"
-              a list; (1,2) equal to (2,1) or [1,2]; x=5 equal to y=5; -1 1/2 as -1 + 1/2; exponents
-              expanded; division by zero raised; "" equal to ""; answers kept in memory
+  math        each rule of REWRITES left out; first box, or one cut off, read; braces of \\{
+              counted; only the end of the text read; time quadratic in the boxes; "(1,234)" a
+              number, "1,234" a list; (1,2) equal to (2,1) or [1,2]; x=5 equal to y=5; -1 1/2 as
+              -1 + 1/2; exponents expanded; division by zero raised; "" equal to ""; answers kept in
+              memory; a list of sets read for ever; runs of digits split in every way; blanks that
+              glue digits; letters, "million", P.M. or "or more" dropped like units; entries of a
+              list that come twice made one; decimal commas as thousands; "or" between inequalities
+              as "and"
   files       line number from 0 or without blank lines; empty file accepted; "solution" before
-              "answer"; hub file as a local one, of a model repository, without its revision
+              "answer"; hub file as a local one, of a model repository, without its revision; one
+              bad line refusing the file, or left out without a word; the first turn of a chat
+              asked; 1e16 kept as 1e+16; a reference that nothing matches told to nobody
+  task        a file's Countdown problems trained and measured on alike, or made up after all;
+              long prompts kept in one of the lists; a grader that hangs, raises or is not there
 """
 
+import argparse
 import ast
 import doctest
 import itertools
 import json
 import random
 import string
+import sys
 import time
 import tracemalloc
+import types
 import warnings
 from fractions import Fraction
 
@@ -123,8 +134,8 @@ def test_verifier_agrees_with_an_independent_checker():
     assert 0.2 < accepted / total < 0.8, f"one-sided test: {accepted} of {total} accepted"
 
 
-# (why, text, expected) for numbers 2 3 5 7 and target 24, style bare: (7-3)*(5-2)+12 is not possible,
-# 3*7+5-2 is.
+# (why, text, expected) for numbers 2 3 5 7 and target 24, style bare: (7-3)*(5-2)+12 is not
+# possible, 3*7+5-2 is.
 BARE = [
     ("right", "3*7+5-2", 1),
     ("right, brackets", "((3*7)+(5-2))", 1),
@@ -185,7 +196,7 @@ BARE = [
     ("tag in bare style", "<answer>3*7+5-2</answer>", 0),
     ("LaTeX", "$3*7+5-2$", 0),
     ("code", "__import__('os')", 0),
-    ("longer than the cap", "3*7+5-2" + " " * 300, 0),
+    ("longer than the cap", "3*7+5-2" + " " * rewards.MAX_ANSWER, 0),
 ]
 
 
@@ -336,7 +347,7 @@ def test_answers_have_no_needless_brackets():
         problem, example = LAPTOP.example(rng)
         if len(set(problem.numbers)) < 4:  # 5-(1+7-7) is 5-1+7-7 by chance
             continue
-        for answer in (example, LAPTOP.solution(problem, rng), *LAPTOP.solutions(problem)[:2]):
+        for answer in (example, *LAPTOP.solutions(problem)[:2]):
             for i, j in pairs(answer):
                 less = answer[:i] + answer[i + 1 : j] + answer[j + 1 :]
                 same = LAPTOP.canonical(less) == LAPTOP.canonical(answer)
@@ -360,7 +371,7 @@ def test_no_held_out_problem_in_training(name):
     held_out = task.held_out_problems(150)
     assert len({key(p) for p in held_out}) == 150, "held-out problems must be distinct"
     assert held_out == task.held_out_problems(150), "the same list on every call"
-    assert held_out[:20] == task.held_out_problems(20), "a shorter list is the start of a longer one"
+    assert held_out[:20] == task.held_out_problems(20), "a shorter list starts a longer one"
     assert not train & {key(p) for p in held_out}, "a held-out problem occurs in training"
     for p in held_out:
         for order in itertools.permutations(p.numbers):
@@ -403,8 +414,6 @@ def test_impossible_requests_end_in_a_sentence(monkeypatch):
         Countdown(held_out=1).problem(random.Random(0))
     with pytest.raises(ValueError, match="widen targets"):
         Countdown(counts=(2,), high=3, targets=(500, 600)).problem(random.Random(0))
-    with pytest.raises(ValueError, match="no solution"):
-        LAPTOP.solution(Problem((1, 1), 7), random.Random(0))
     assert LAPTOP.solutions(Problem((1, 1), 7)) == []
 
 
@@ -500,25 +509,20 @@ def test_solutions_ignore_the_order_of_the_numbers():
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_solution_reaches_every_solution(name):
-    task, rng = SETTINGS[name], random.Random(5)
+def test_solutions_are_right_and_canonical(name):
+    task = SETTINGS[name]
     for problem in task.held_out_problems(30):
-        known = set(task.solutions(problem))
+        known = task.solutions(problem)
         assert known, f"{problem} was generated, so it has an answer"
         for answer in known:
             assert oracle(answer, *problem) == 1, f"{answer} is not right for {problem}"
             assert task.canonical(tagged(task, answer)) == answer, f"{answer} is not canonical"
-        if len(known) > 4:
-            continue
-        found = {task.solution(problem, rng) for _ in range(25 * len(known))}
-        assert {task.canonical(tagged(task, a)) for a in found} == known, f"unreached: {problem}"
 
 
-def test_solution_shows_every_order_of_the_operands():
-    rng = random.Random(8)
-    drawn = {LAPTOP.solution(Problem((1, 2, 4), 7), rng) for _ in range(300)}
-    missing = {"+".join(order) for order in itertools.permutations("124")} - drawn
-    assert not missing, f"never drawn: {missing}"
+def test_examples_reach_every_order_of_the_operands():
+    task, rng = Countdown(counts=(2,), high=2, targets=(3, 3), held_out=0), random.Random(8)
+    drawn = {task.example(rng)[1] for _ in range(100)}
+    assert drawn == {"1+2", "2+1"}, f"the warm start shows one order of a sum only: {drawn}"
 
 
 @pytest.mark.parametrize("one, two, same", [
@@ -537,7 +541,7 @@ def test_what_canonical_identifies(one, two, same):
 
 
 def test_canonical_says_whether_an_answer_parses():
-    for text in ("", "1+", "1 2", "-1", "1=1", "()", "(" * 99, "a", "1" * 400, None, 7):
+    for text in ("", "1+", "1 2", "-1", "1=1", "()", "(" * 99, "a", "1" * 999, None, 7):
         assert LAPTOP.canonical(text) is None, f"{text!r} does not parse"
     assert LAPTOP.canonical("5/0") == "5/0", "division by zero parses, it only has no value"
     assert PAPER.canonical("<answer>2 + 1</answer>") == "1+2"
@@ -558,7 +562,8 @@ LINES = [
     "9" * 290, "9*" * 140 + "9", "1-(" * 30 + "1" + ")" * 30, " " * 299 + "1", "-" * 290,
     "\\frac" * 50, "{" * 140 + "}" * 140, "(1," * 70 + "1" + ")" * 70, "1," * 140, "\\text{" * 40,
     "1 " * 140, "1 1/" * 60, "\\sqrt" * 50, "\\cup" * 60, "x=" * 100, "\\{" * 70 + "\\}" * 70,
-    "1e999999999", "1e-999999999", "\\frac{1}{0}", "0/0", "." * 200, "," * 200, "1/" * 100, "^" * 99,
+    "1e999999999", "1e-999999999", "\\frac{1}{0}", "0/0", "." * 200, "," * 200,
+    "1/" * 100, "^" * 99,
 ]
 
 
@@ -582,14 +587,21 @@ def test_ten_megabytes_are_refused_at_once(text):
     assert seconds < 2, f"{text[:20]!r}... took {seconds:.1f} s"
 
 
+def milliseconds(f, *args):
+    """Of this process alone, the best of three: other programs do not count."""
+    times = []
+    for _ in range(3):
+        start = time.process_time()
+        f(*args)
+        times.append(1000 * (time.process_time() - start))
+    return min(times)
+
+
 def test_hostile_lines_take_milliseconds():
     for line in LINES:
         for text in (line, f"<answer>{line}</answer>", f"\\boxed{{{line}}}", line * 14):
-            start = time.perf_counter()
-            everything(text)
-            math_reward("\\boxed{1}", text)
-            ms = 1000 * (time.perf_counter() - start)
-            assert ms < 200, f"{text[:30]!r}... took {ms:.0f} ms; it should be well under 10"
+            ms = milliseconds(everything, text) + milliseconds(math_reward, "\\boxed{1}", text)
+            assert ms < 40, f"{text[:30]!r}... took {ms:.0f} ms; it should be well under 10"
 
 
 def test_no_memory_is_kept():
@@ -650,14 +662,14 @@ EQUAL = [
     ("\\frac{2}{4}", "\\frac{1}{2}"), ("-\\frac{1}{2}", "\\frac{-1}{2}"),
     ("\\frac{1}{-2}", "-\\frac12"), ("\\frac{-1}{-2}", "0.5"), ("\\frac{0.5}{2}", "0.25"),
     ("1\\frac{1}{2}", "\\frac{3}{2}"), ("1\\frac12", "1.5"), ("-1\\frac{1}{2}", "-1.5"),
-    ("1 1/2", "3/2"), ("2 \\frac{3}{4}", "11/4"), ("\\frac{123}{7}", "123/7"),
-    ("1,234", "1234"), ("1,234,567", "1234567"), ("1{,}234", "1234"), ("1,\\!234", "1234"),
-    ("1\\,234", "1234"), ("12,345.50", "12345.5"), ("-1,234", "-1234"), ("$1,234$", "1234"),
-    ("\\$5", "5"), ("\\$5.00", "5"), ("\\$1,000", "1000"), ("$5$", "5"), ("50\\%", "50"), ("50%", "50"),
+    ("1 1/2", "3/2"), ("2 \\frac{3}{4}", "11/4"), ("\\frac{123}{7}", "123/7"), ("1,234", "1234"),
+    ("1,234,567", "1234567"), ("1{,}234", "1234"), ("1,\\!234", "1234"), ("1\\,234", "1234"),
+    ("12,345.50", "12345.5"), ("-1,234", "-1234"), ("$1,234$", "1234"), ("\\$5", "5"),
+    ("\\$5.00", "5"), ("\\$1,000", "1000"), ("$5$", "5"), ("50\\%", "50"), ("50%", "50"),
     ("90^\\circ", "90"), ("90^{\\circ}", "90"), ("90°", "90"), ("90 \\text{ degrees}", "90^\\circ"),
-    ("12 cm", "12"), ("12\\text{ cm}", "12"), ("12\\,\\text{cm}^2", "12"), ("12\\mathrm{~cm}", "12"),
-    ("12 \\text{ cm}^{3}", "12"), ("5 dollars", "5"), ("7 units", "7"), ("3 \\text{ apples}", "3"),
-    ("\\frac{1}{2}\\text{ hour}", "0.5"), ("10 minutes", "10"),
+    ("12 cm", "12"), ("12\\text{ cm}", "12"), ("12\\,\\text{cm}^2", "12"),
+    ("12\\mathrm{~cm}", "12"), ("12 \\text{ cm}^{3}", "12"), ("5 dollars", "5"), ("7 units", "7"),
+    ("3 \\text{ apples}", "3"), ("\\frac{1}{2}\\text{ hour}", "0.5"), ("10 minutes", "10"),
     (" 5 ", "5"), ("\\ 5\\ ", "5"), ("x = 5", "5"), ("x=5", "x = 5"), ("5", "x=5"), ("n=5", "5"),
     ("x=\\frac12", "0.5"), ("x_1=3", "3"), ("(x, y) = (1, 2)", "(1,2)"), ("y = 2x+1", "2x + 1"),
     ("\\text{Monday}", "Monday"), ("\\text{(B)}", "B"), ("(B)", "\\text{B}"), ("\\textbf{C}", "C"),
@@ -666,41 +678,144 @@ EQUAL = [
     ("\\sqrt{3}/2", "\\frac{\\sqrt{3}}{2}"), ("\\frac{\\sqrt3}{2}", "\\dfrac{\\sqrt{3}}{2}"),
     ("\\frac{-\\sqrt{3}}{2}", "-\\frac{\\sqrt3}{2}"), ("\\pi/2", "\\frac{\\pi}{2}"),
     ("\\frac\\pi2", "\\frac{\\pi}{2}"), ("2\\pi", "2 \\pi"), ("x^{2}", "x^2"), ("2^{10}", "2^{10}"),
-    ("a_{1}", "a_1"), ("2\\times3", "2 \\cdot 3"), ("x/2", "\\frac{x}{2}"),
-    ("(1,2)", "( 1 , 2 )"), ("(1, 0.5)", "(1,\\frac12)"), ("\\left(1,2\\right)", "(1,2)"),
-    ("[0,1)", "\\left[0, 1\\right)"), ("(-\\infty, 3]", "(-\\infty,3]"), ("(1,(2,3))", "(1.0,(2,3))"),
-    ("x \\in [0,1]", "[0,1]"), ("(0,1)\\cup(2,3)", "(2,3) \\cup (0,1)"),
+    ("a_{1}", "a_1"), ("2\\times3", "2 \\cdot 3"), ("x/2", "\\frac{x}{2}"), ("(1,2)", "( 1 , 2 )"),
+    ("(1, 0.5)", "(1,\\frac12)"), ("\\left(1,2\\right)", "(1,2)"), ("[0,1)", "\\left[0, 1\\right)"),
+    ("(-\\infty, 3]", "(-\\infty,3]"), ("(1,(2,3))", "(1.0,(2,3))"), ("x \\in [0,1]", "[0,1]"),
+    ("(0,1)\\cup(2,3)", "(2,3) \\cup (0,1)"),
     ("(-\\infty,-\\frac12)\\cup(2,\\infty)", "(-\\infty,-0.5) \\cup (2,\\infty)"),
-    ("\\{1,2,3\\}", "\\{3, 2, 1\\}"), ("\\{0.5\\}", "\\{\\frac12\\}"), ("\\left\\{1,2\\right\\}", "\\{2,1\\}"),
-    ("1, 2", "2,1"), ("1,2", "\\{1,2\\}"), ("1 \\text{ and } 2", "1,2"), ("x=1 \\text{ or } x=2", "1, 2"),
-    ("100, 200", "200, 100"), ("(1,2),(3,4)", "(3,4), (1,2)"), ("1; 2", "1,2"),
+    ("\\{1,2,3\\}", "\\{3, 2, 1\\}"), ("\\{0.5\\}", "\\{\\frac12\\}"),
+    ("\\left\\{1,2\\right\\}", "\\{2,1\\}"), ("1, 2", "2,1"), ("1,2", "\\{1,2\\}"),
+    ("1 \\text{ and } 2", "1,2"), ("x=1 \\text{ or } x=2", "1, 2"), ("100, 200", "200, 100"),
+    ("(1,2),(3,4)", "(3,4), (1,2)"), ("1; 2", "1,2"),
     ("\\begin{pmatrix}1\\\\2\\end{pmatrix}", "\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}"),
-    ("12_5", "12_{5}"), ("\\sqrt2.", "\\sqrt{2}"), ("5", "\\boxed{5}"), ("5", "so it is \\boxed{5}."), ("\\displaystyle 5", "5"),
+    ("12_5", "12_{5}"), ("\\sqrt2.", "\\sqrt{2}"), ("5", "\\boxed{5}"),
+    ("5", "so it is \\boxed{5}."), ("\\displaystyle 5", "5"),
     ("\\frac{a+b}{c}", "\\dfrac{a + b}{c}"), ("x^2+2x+1", "x^2 + 2x + 1"), ("1e5", "1e5"),
+    ("x\t=\n5", "x=5"), ("1,\n2", "2,1"), ("\\(5\\)", "5"), ("x\\!+\\!1", "x+1"),
+    ("∅", "\\emptyset"),
+    ("\\frac{-x}{y}", "-\\frac{x}{y}"), ("2\\cdot(x+1)", "2(x+1)"), ("90\\degree", "90"),
+    ("x≤5", "x\\le5"),
+    # lists of sets: an answer that begins and ends with a brace is not always one set
+    ("\\{1,2\\},\\{3,4\\}", "\\{3,4\\},\\{1,2\\}"),
+    ("\\{\\{1,2\\},\\{3\\}\\}", "\\{\\{3\\},\\{2,1\\}\\}"),
+    ("\\{1\\}\\cup\\{2\\}", "\\{2\\}\\cup\\{1\\}"), ("(1,2],(3,4]", "(3,4], (1,2]"),
+    # thousands with blanks, LaTeX's narrow ones included
+    ("11111111100", "11,\\! 111,\\! 111,\\! 100"), ("1 000", "1000"),
+    ("12\\ 345\\ 678", "12345678"), ("1~234", "1234"), ("16,\\!386.20", "16386.2"),
+    ("1{,}234{,}567", "1234567"), ("-1\\,234", "-1234"), ("(1{,}234, 5)", "(1234,5)"),
+    ("1,234, 2", "2; 1234"), ("x=1,234", "1234"), ("\\$3\\,000", "3000"),
+    ("\\frac{1\\,000}{3}", "\\frac{1000}{3}"), ("x>1,234", "x>1234"),
+    # signs that may be left out
+    ("[1,\\infty)", "[1,+\\infty)"), ("(-\\infty,+\\infty)", "(-\\infty, \\infty)"),
+    ("+\\frac12", "0.5"), ("(+1,+2)", "(1,2)"), ("x=+\\sqrt2", "\\sqrt{2}"), ("x>+5", "x > 5"),
+    # matrices
+    ("\\begin{pmatrix} \\frac{1}{5} \\\\ -\\frac{18}{5} \\end{pmatrix}",
+     "\\begin{pmatrix} 1/5 \\\\ -18/5 \\end{pmatrix}"),
+    ("\\begin{bmatrix}1&0.5\\\\0&1\\end{bmatrix}",
+     "\\begin{pmatrix} 1 & \\dfrac12 \\\\ 0 & 1 \\\\ \\end{pmatrix}"),
+    ("\\left[\\begin{array}{cc}1&2\\\\3&4\\end{array}\\right]",
+     "\\begin{bmatrix}1 & 2\\\\3 & 4\\end{bmatrix}"),
+    ("\\left(\\begin{matrix}x/2\\\\1\\end{matrix}\\right)",
+     "\\begin{pmatrix}\\frac{x}{2}\\\\1\\end{pmatrix}"),
+    # names before =
+    ("f(x) = 2x + 3", "2x+3"), ("\\theta = 30^\\circ", "30"), ("f^{-1}(x)=2x", "2x"),
+    ("S_{10}=55", "55"), ("AB=5", "5"), ("\\angle ABC = 90^\\circ", "90"), ("P(A)=\\frac12", "0.5"),
+    ("y'=2x", "2x"), ("\\alpha=1,\\alpha=2", "2, 1"), ("a=4,\\,-8,\\,-10", "-10,-8,4"),
+    ("(x, y) = (5, 8) \\quad \\text{and} \\quad (8, 5)", "(5,8),(8,5)"),
+    # commands for words, and for brackets of some size
+    ("\\textrm{east}", "\\text{east}"), ("\\textnormal{B}", "B"), ("\\textit{odd}", "odd"),
+    ("\\bigl(1,2\\bigr)", "(1,2)"), ("\\Big[0,1\\Big)", "[0,1)"), ("12\\textrm{ cm}", "12"),
+    ("125\\textnormal{ miles}", "125"), ("(5)", "5"), ("(B)", "B"),
+    # units after a symbol, with a full stop, of two words; percent as a word
+    ("99\\pi", "99\\pi \\text{ square inches}"), ("12\\text{ cm.}", "12"),
+    ("12 \\text{ cm}.", "12"), ("5\\,\\text{m}", "5"), ("20\\pi \\mathrm{~cm}^2", "20\\pi"),
+    ("60\\text{ miles per hour}", "60"), ("9\\text{ m/s}^2", "9"), ("4 square units", "4"),
+    ("\\frac12\\text{ hour}", "0.5"), ("0.06 \\text{ yuan}", "0.06"), ("50 percent", "50\\%"),
+    ("28\\text{ percent}", "28"), ("28 pct", "28\\%"), ("4:30\\text{ P.M.}", "4:30\\text{ p.m.}"),
+    ("4:30 AM", "4:30\\text{ a.m.}"),
+    # lists in words
+    ("1, 2, \\text{ and } 3", "1,2,3"), ("19, 46, and 82", "19,46,82"),
+    ("(11,7)or(7,11)", "(7,11),(11,7)"), ("5 or 6", "6,5"),
+    ("x=1 \\quad \\text{or} \\quad x=2", "1, 2"),
+    ("a_{37} = 19, \\quad a_3 = 2", "a_3=2,a_{37}=19"), ("1, \\textrm{or } 2", "1,2"),
+    ("(0;-2;0)", "(0, -2, 0)"),
+    # relations
+    ("x \\geq 5", "x \\ge 5"), ("x\\geqslant5", "x>=5"), ("x \\leqslant 5", "x \\le 5"),
+    ("x<=5", "x\\leq 5"), ("x \\ne 3", "x\\neq 3"), ("x \\lt 3", "x<3"), ("x \\gt 3", "x > 3"),
+    ("x≥5", "x\\ge5"), ("x != 3", "x \\neq 3"), ("-1/2 < x \\le 3", "-\\frac12<x\\leq3"),
+    ("x<1 \\text{ or } x>2", "x < 1 or x > 2"), ("\\varnothing", "\\emptyset"),
+    ("(0,1) U (2,3)", "(0,1)\\cup(2,3)"),
+    # quotients and multiples of a symbol, also inside of lists and after x=
+    ("x = \\pi/2", "\\frac{\\pi}{2}"), ("(\\pi/2, 1)", "(\\frac{\\pi}{2},1)"),
+    ("\\pi/6,\\pi/3", "\\frac\\pi3, \\frac\\pi6"), ("\\frac34\\pi", "\\frac{3\\pi}{4}"),
+    ("3\\pi/4", "0.75\\pi"), ("\\frac{9}{4}\\pi", "\\frac94\\pi"), ("\\frac12x", "x/2"),
+    ("\\frac{2\\sqrt3}{3}", "\\frac23\\sqrt{3}"), ("x=1/2,y=3/4", "y=0.75, x=\\frac12"),
+    ("\\{\\pi/3\\}", "\\{\\frac{\\pi}{3}\\}"), ("\\frac{-3i}{2}", "-1.5i"),
+    ("\\frac{x^2}{4}", "x^2/4"), ("1\\pi", "\\pi"),
+    ("\\sqrt3/3, -\\sqrt3/3", "-\\frac{\\sqrt3}3,\\frac{\\sqrt3}3"),
 ]
 UNEQUAL = [
-    ("5", "6"), ("5", "-5"), ("5", "50"), ("5", "0.5"), ("0.5", "0.05"), ("1/2", "2/1"), ("1/3", "0.33"),
-    ("0.333333333333", "\\frac13"), ("3.14", "\\pi"), ("\\frac{1}{2}", "\\frac{1}{3}"),
-    ("1\\frac{1}{2}", "\\frac{1}{2}"), ("1\\frac12", "\\frac{11}{2}"), ("1 1/2", "11/2"),
-    ("-1\\frac12", "-\\frac12"), ("-\\frac12", "\\frac12"), ("\\frac{1}{0}", "0"), ("1/0", "1"),
-    ("0/0", "1"), ("1,234", "1.234"), ("1,234", "1"), ("1,23", "123"), ("12,34", "1234"),
-    ("(1,234)", "1234"), ("(1,234)", "(1234)"), ("\\{1,234\\}", "1234"), ("100, 200", "100200"),
-    ("1,2", "12"), ("1 2", "12"), ("1 2 3", "123"), ("50\\%", "0.5"), ("x=5", "y=5"), ("x=5", "x=6"),
+    ("5", "6"), ("5", "-5"), ("5", "50"), ("5", "0.5"), ("0.5", "0.05"), ("1/2", "2/1"),
+    ("1/3", "0.33"), ("0.333333333333", "\\frac13"), ("3.14", "\\pi"),
+    ("\\frac{1}{2}", "\\frac{1}{3}"), ("1\\frac{1}{2}", "\\frac{1}{2}"),
+    ("1\\frac12", "\\frac{11}{2}"), ("1 1/2", "11/2"), ("-1\\frac12", "-\\frac12"),
+    ("-\\frac12", "\\frac12"), ("\\frac{1}{0}", "0"), ("1/0", "1"), ("0/0", "1"),
+    ("1,234", "1.234"), ("1,234", "1"), ("1,23", "123"), ("12,34", "1234"), ("(1,234)", "1234"),
+    ("(1,234)", "(1234)"), ("\\{1,234\\}", "1234"), ("100, 200", "100200"), ("1,2", "12"),
+    ("1 2", "12"), ("1 2 3", "123"), ("50\\%", "0.5"), ("x=5", "y=5"), ("x=5", "x=6"),
     ("x=1,y=2", "1,2"), ("x=1,y=2", "x=2,y=1"), ("5", "5x"), ("2x", "2"), ("5i", "5"), ("x", "5"),
     ("5m", "5"), ("5\\text{ a.m.}", "5\\text{ p.m.}"), ("2\\text{A}", "2\\text{B}"),
-    ("\\text{A}", "\\text{B}"), ("A", "a"),
-    ("\\text{Monday}", "Sunday"), ("\\sqrt{2}", "2"), ("\\sqrt{2}", "1.41421356"), ("\\sqrt2", "\\sqrt3"),
-    ("\\sqrt{23}", "\\sqrt{2}3"), ("x^2", "x2"), ("x^{23}", "x^23"), ("2^{10}", "1024"), ("2\\times3", "6"),
+    ("\\text{A}", "\\text{B}"), ("A", "a"), ("\\text{Monday}", "Sunday"), ("\\sqrt{2}", "2"),
+    ("\\sqrt{2}", "1.41421356"), ("\\sqrt2", "\\sqrt3"), ("\\sqrt{23}", "\\sqrt{2}3"),
+    ("x^2", "x2"), ("x^{23}", "x^23"), ("2^{10}", "1024"), ("2\\times3", "6"),
     ("\\frac{-1+\\sqrt3}{2}", "-\\frac{1+\\sqrt3}{2}"), ("2\\cdot\\frac12", "2\\frac12"),
-    ("(1,2)", "(2,1)"), ("(1,2)", "[1,2]"), ("[0,1)", "[0,1]"), ("(0,1]", "(0,1)"), ("(1,2)", "1,2"),
-    ("(1,2)", "\\{1,2\\}"), ("(1,2,3)", "(1,2)"), ("\\{1,2\\}", "\\{1,3\\}"), ("\\{1,2\\}", "\\{1,2,3\\}"),
-    ("1,2", "1"), ("1", "1,2"), ("1,2,3", "1,2"), ("(1,2),(3,4)", "(1,3),(2,4)"), ("(0,1)\\cup(2,3)", "(0,1)"),
-    ("(-\\infty,3]", "(-\\infty,3)"), ("12_5", "12"), ("12_5", "125"), ("", "5"), (" ", "5"), ("", ""),
-    ("\\text{}", "5"), ("٥", "5"), ("５", "5"), ("²", "2"), ("1e5", "100000"), ("1_000", "1000"), ("0x5", "5"),
-    ("nan", "0"), ("inf", "\\infty"), ("5 or 6", "5"), ("5\\text{ or }6", "5"), ("5 = 5", "5"),
-    ("\\left(1,2\\right)", "(1,3)"), ("the answer is 5", "5"), ("5.5.5", "5.5"), ("--5", "5"), ("5/", "5"),
-    ("/5", "5"), (".", "0"), ("-", "0"), ("+", "0"), ("1//2", "0.5"), ("1/2/1", "0.5"), ("5!", "5"),
+    ("(1,2)", "(2,1)"), ("(1,2)", "[1,2]"), ("[0,1)", "[0,1]"), ("(0,1]", "(0,1)"),
+    ("(1,2)", "1,2"), ("(1,2)", "\\{1,2\\}"), ("(1,2,3)", "(1,2)"), ("\\{1,2\\}", "\\{1,3\\}"),
+    ("\\{1,2\\}", "\\{1,2,3\\}"), ("1,2", "1"), ("1", "1,2"), ("1,2,3", "1,2"),
+    ("(1,2),(3,4)", "(1,3),(2,4)"), ("(0,1)\\cup(2,3)", "(0,1)"), ("(-\\infty,3]", "(-\\infty,3)"),
+    ("12_5", "12"), ("12_5", "125"), ("", "5"), (" ", "5"), ("", ""), ("\\text{}", "5"), ("٥", "5"),
+    ("５", "5"), ("²", "2"), ("1e5", "100000"), ("1_000", "1000"), ("0x5", "5"), ("nan", "0"),
+    ("inf", "\\infty"), ("5 or 6", "5"), ("5\\text{ or }6", "5"), ("5 = 5", "5"),
+    ("\\left(1,2\\right)", "(1,3)"), ("the answer is 5", "5"), ("5.5.5", "5.5"), ("--5", "5"),
+    ("5/", "5"), ("/5", "5"), (".", "0"), ("-", "0"), ("+", "0"), ("1//2", "0.5"), ("1/2/1", "0.5"),
+    ("5!", "5"),
+    # blanks that glue digits or numbers
+    ("2 \\quad 3", "23"), ("2 \\quad 345", "2345"), ("2\\;345", "2345"), ("1\\,23", "123"),
+    ("1\\,2345", "12345"), ("1\\,\\,2", "12"), ("1 2/3", "12/3"), ("1 234/5", "1234/5"),
+    ("1234 567", "1234567"), ("0 123", "123"), ("2~3", "23"), ("1,\\,234", "1234"),
+    ("2\\text{ }3", "23"), ("2\\text{}3", "23"),
+    # words and letters that are not units
+    ("2\\mathrm{i}", "2"), ("2\\text{i}", "2"), ("3\\mathrm{e}", "3"), ("5\\text{x}", "5"),
+    ("4:30\\text{ P.M.}", "4:30\\text{ A.M.}"), ("4\\text{ PM}", "4\\text{ AM}"),
+    ("4\\text{ P.M.}", "4"), ("3\\text{ million}", "3"), ("3\\text{ Billion}", "3"),
+    ("3 million", "3"), ("2\\text{ dozen}", "2"), ("5\\text{ hundred dollars}", "5"),
+    ("5\\text{ or more}", "5"), ("5\\text{ is not}", "5"), ("5\\text{ at most}", "5"),
+    ("5\\text{ if even}", "5"), ("2\\text{ north}", "2\\text{ south}"), ("7\\text{ mod}", "7"),
+    ("12\\text{ R }3", "12"), ("3\\text{ or 4}", "3"),
+    ("2\\text{ units left}", "2\\text{ units right}"), ("5\\text{ not}", "5"),
+    # commas: decimal ones are not thousands, nor lists where they follow -0
+    ("245", "0,245"), ("0{,}245", "245"), ("01,234", "1234"), ("-0,245", "0,245"),
+    ("1,234,56", "123456"), ("1,234, 2", "1, 2, 234"),
+    # entries that come twice
+    ("16,3,1", "16,3,1,1"), ("\\{1,1\\}", "\\{1\\}"), ("5,5", "5"), ("(1,2),(1,2)", "(1,2)"),
+    ("x=1,x=1", "1"),
+    # and, or; names; brackets; relations
+    ("x<1\\text{ or }x>2", "x<1\\text{ and }x>2"), ("x \\ge 5", "x>5"), ("x\\ge5", "x\\le5"),
+    ("x\\ne5", "x=5"), ("x\\ne5", "5"), ("f(x)=2x", "g(x)=2x"), ("\\theta=5", "\\alpha=5"),
+    ("AB=5", "CD=5"), ("\\pi=3", "3"), ("2x=6", "6"), ("no = 5", "5"), ("x>5", "5"),
+    ("\\{1\\}\\{2\\}", "\\{1,2\\}"), ("(1)(2)", "(2)"), ("(1)(2)", "2"), ("|x|+5", "|x|5"),
+    ("x^{+}", "x"), ("[5]", "5"),
+    ("\\begin{vmatrix}1\\end{vmatrix}", "\\begin{pmatrix}1\\end{pmatrix}"),
+    ("\\begin{pmatrix}1&2\\end{pmatrix}", "\\begin{pmatrix}1\\\\2\\end{pmatrix}"),
+    ("\\begin{pmatrix}1&2\\end{pmatrix}", "\\begin{pmatrix}2&1\\end{pmatrix}"),
+    ("\\begin{pmatrix}1\\\\2\\end{pmatrix}", "(1,2)"),
+    # multiples of a symbol
+    ("\\frac{1}{2}x", "\\frac{1}{2x}"), ("1/2x", "\\frac12x"), ("1/2x", "\\frac{1}{2x}"),
+    ("\\frac{\\pi}{2}", "\\frac{2}{\\pi}"), ("0x", "x"), ("2\\frac{1}{2}\\pi", "\\pi"),
+    ("\\frac{x}{0}", "x"), ("\\sqrt{2}3", "3\\sqrt{2}x"), ("ab/2", "a/2"), ("-x", "x"),
+    ("\\frac{-x}{2}", "\\frac x2"),
 ]
+CAP = rewards.MAX_ANSWER
 # (why, whole text, reference, expected)
 TEXTS = [
     ("sentence", "So the answer is \\boxed{5}.", "5", 1),
@@ -721,8 +836,8 @@ TEXTS = [
     ("empty box, empty reference", "\\boxed{}", "", 0), ("fbox", "\\fbox{5}", "5", 0),
     ("the prompt's own box", MATH_ASK := "final answer within \\boxed{}.", "5", 0),
     ("GSM8K ending is not a box", "#### 5", "5", 0),
-    ("huge integer", "\\boxed{" + "9" * 299 + "}", "9" * 299, 1),
-    ("longer than the cap", "\\boxed{" + "9" * 301 + "}", "9" * 301, 0),
+    ("huge integer", "\\boxed{" + "9" * CAP + "}", "9" * CAP, 1),
+    ("longer than the cap", "\\boxed{" + "9" * (CAP + 1) + "}", "9" * (CAP + 1), 0),
     ("right, then longer than the cap", "\\boxed{5}\\boxed{" + "9" * 5000 + "}", "5", 0),
     ("exponent bomb", "\\boxed{1e999999999}", "5", 0),
     ("NUL", "\\boxed{5\x00}", "5", 0), ("lone surrogate", "\\boxed{5\ud800}", "5", 0),
@@ -730,14 +845,12 @@ TEXTS = [
     ("all answers at once", "\\boxed{4 or 5 or 6}", "5", 0),
     ("reference repeated", "\\boxed{5,5}", "5", 0),
     ("code", "\\boxed{__import__('os').getcwd()}", "5", 0),
+    ("every split of two runs of digits tried", f"\\boxed{{{'1' * 100}/{'1' * 190}x,2}}", "5", 0),
 ]
 ROWS = [(f"\\boxed{{{a}}}", b, 1) for a, b in EQUAL] + [(f"\\boxed{{{b}}}", a, 1) for a, b in EQUAL]
-ROWS += [(f"\\boxed{{{a}}}", b, 0) for a, b in UNEQUAL] + [(f"\\boxed{{{b}}}", a, 0) for a, b in UNEQUAL]
+ROWS += [(f"\\boxed{{{a}}}", b, 0) for a, b in UNEQUAL]
+ROWS += [(f"\\boxed{{{b}}}", a, 0) for a, b in UNEQUAL]
 ROWS += [row[1:] for row in TEXTS]
-
-
-def test_math_table_is_large_enough():
-    assert len(EQUAL) + len(UNEQUAL) + len(TEXTS) >= 150
 
 
 @pytest.mark.parametrize("text, answer, expected", ROWS, ids=range(len(ROWS)))
@@ -759,11 +872,118 @@ def test_rationals_agree_with_fractions():
         if 10**6 % b == 0:
             yield f"{float(q):.6f}"
 
-    for _ in range(1500):
-        p, q = (Fraction(rng.randint(-40, 40), rng.choice([1, 2, 3, 4, 5, 8, 10])) for _ in range(2))
+    for _ in range(600):
+        p, q = (Fraction(rng.randint(-40, 40), rng.choice([1, 2, 3, 4, 5, 8, 10])) for _ in "pq")
         for one, two in itertools.product(spellings(p), spellings(q)):
             got = math_reward(f"\\boxed{{{one}}}", two)
             assert got == (p == q), f"{one} against {two} scored {got}"
+
+
+def spellings(value, rng):
+    """One way to write a Fraction, or (kind, *parts): a set, a matrix, brackets such as "[)"."""
+    blank = rng.choice(["", " ", "\\,", "\\ "])
+    if isinstance(value, Fraction):
+        sign, a, b = "-" if value < 0 else rng.choice("+ "), abs(value.numerator), value.denominator
+        k, frac = rng.randint(1, 3), rng.choice(["\\frac", "\\dfrac", "\\tfrac"])
+        ways = [f"{sign}{frac}{{{a * k}}}{{{b * k}}}", f"{sign}{a}/{b}"]
+        if b == 1:
+            comma = rng.choice(["\\,", "{,}", ",\\!", " "])
+            ways += [f"{sign}{a}", f"{sign}{a}.0", sign + f"{a:,}".replace(",", comma)]
+        if 1000 % b == 0:
+            ways += [f"{sign}{a / b:.3f}"]
+        if a > b > 1:
+            ways += [f"{sign}{a // b}\\frac{{{a % b}}}{{{b}}}", f"{sign}{a // b} {a % b}/{b}"]
+        if a < 10 and b < 10:
+            ways += [f"{sign}\\frac{a}{b}", f"{sign}\\frac{{{a}}}{b}"]
+        return rng.choice(ways)
+    kind, *parts = value
+    if kind == "set":
+        parts = rng.sample(parts, len(parts))
+    written = [spellings(part, rng) for part in parts]
+    if kind == "matrix":
+        style = rng.choice("bp")
+        return f"\\begin{{{style}matrix}}{blank}{'&'.join(written)}{blank}\\end{{{style}matrix}}"
+    if kind == "set":
+        return "\\{" + rng.choice([", ", ",  ", ",\\ "]).join(written) + blank + "\\}"
+    left, right = rng.choice([("", ""), ("\\left", "\\right"), ("\\bigl", "\\bigr")])
+    return left + kind[0] + blank + ", ".join(written) + blank + right + kind[1]
+
+
+def test_two_ways_to_write_are_equal_exactly_where_the_values_are():
+    """Kills rules that make different answers equal, or equal ones different, where they meet."""
+    rng, equal = random.Random(9), 0
+
+    def some(depth):
+        if depth == 0 or rng.random() < 0.3:
+            top = rng.choice([*range(-9, 10), 1234, -56789])
+            return Fraction(top, rng.choice([1, 1, 2, 3, 4, 5]))
+        kind = rng.choice(["set", "matrix", "()", "[)", "[]"])
+        inner = 0 if kind == "matrix" else depth - 1
+        return (kind, *(some(inner) for _ in range(rng.randint(2, 3))))
+
+    def plain(value):
+        if isinstance(value, Fraction):
+            return value
+        kind, *parts = value
+        parts = [plain(part) for part in parts]
+        return (kind, *(sorted(parts, key=repr) if kind == "set" else parts))
+
+    for _ in range(4000):
+        one = some(rng.randint(0, 2))
+        two = one if rng.random() < 0.5 else some(rng.randint(0, 2))
+        a, b = spellings(one, rng), spellings(two, rng)
+        got, want = math_reward(f"\\boxed{{{a}}}", b), plain(one) == plain(two)
+        assert got == want, f"{a} against {b} must score {want:.0f}, scored {got}"
+        equal += want
+    assert equal > 1500, "one-sided test"
+
+
+PARTS = [
+    *"0 1 2 12 345 0.5 .5 1,234 1{,}234 x y i e n A - + = < > / * ^2 ^{10} _5 ! & . , ; ²".split(),
+    *"( ) [ ] { } \\{ \\} ٥ − ∪ \\\\ \\pi \\infty +\\infty \\sqrt2 \\sqrt{3} \\sqrt".split(),
+    *"\\frac12 \\frac{1}{2} \\frac \\dfrac{ 3\\pi/4 x= f(x)= \\theta= \\in \\le \\geq !=".split(),
+    *"\\cup \\quad \\, \\! \\; ~ \\left \\right \\bigl \\cdot \\times \\boxed{ \\mathrm{i}".split(),
+    *"\\text{ ^\\circ \\% \\$ \\begin{pmatrix} \\end{pmatrix} \\begin{bmatrix}".split(),
+    *"\\begin{array}{cc} \\end{array} percent a.m.".split(),
+    " ", "  ", "\n", " and ", " or ", " cm^2", "\\text{ cm}", "\\text{ and }", "\\text{ million}",
+    "\\text{ P.M.}", "11,\\! 111",
+]
+AROUND = [
+    ("(", ")"), ("[", ")"), ("\\{", "\\}"), ("{", "}"), ("\\left(", "\\right]"), ("\\text{", "}"),
+    ("\\frac{", "}{2}"), ("\\begin{pmatrix}", "\\end{pmatrix}"), ("\\sqrt{", "}"),
+]
+
+
+def latex(rng, depth):
+    """Something like an answer, by a model that has not learnt to close what it opens."""
+    shape = rng.random()
+    if depth == 0 or shape < 0.4:
+        return rng.choice(PARTS)
+    if shape < 0.7:
+        left, right = rng.choice(AROUND)
+        return left + latex(rng, depth - 1) + right
+    if shape < 0.8:  # one thing again and again is slow for regular expressions, deep in recursion
+        (left, right), one, other = rng.choice(AROUND), rng.choice(PARTS), rng.choice(PARTS)
+        n = rng.randint(2, 120)
+        nested = (left + one + ",") * n
+        return rng.choice([(one + other) * n, nested, nested + right * n])
+    return rng.choice([",", ", ", ";", "", " ", "\\cup ", "\\\\", "&"]).join(
+        latex(rng, depth - 1) for _ in range(rng.randint(2, 4)))
+
+
+def test_latex_of_any_shape_neither_raises_nor_takes_long():
+    """Kills endless recursion on lists of sets, deep nesting, and runs split in every way."""
+    rng = random.Random(10)
+    for _ in range(4000):
+        text, reference = (latex(rng, rng.randint(1, 6))[: rng.choice([CAP, 50])] for _ in "tr")
+        for candidate in (text, f"\\boxed{{{text}}}"):
+            start = time.process_time()
+            got = math_reward(candidate, reference)
+            ms = 1000 * (time.process_time() - start)
+            if ms > 10:  # the clock of a busy machine: look again
+                ms = milliseconds(math_reward, candidate, reference)
+            assert got in (0.0, 1.0)
+            assert ms < 30, f"{candidate!r} against {reference!r} took {ms:.0f} ms"
 
 
 # Files
@@ -779,41 +999,76 @@ def write(tmp_path, *lines, name="data.jsonl"):
     ({"problem": "1+1?", "answer": "2"}, "1+1?", "2"),
     ({"question": "1+1?", "answer": 2}, "1+1?", "2"),
     ({"prompt": "1+1?", "solution": "2"}, "1+1?", "2"),
-    ({"problem": "q", "solution": "We see \\boxed{1}, so \\boxed{\\frac{1}{2}}."}, "q", "\\frac{1}{2}"),
+    ({"problem": "q", "solution": "We see \\boxed{1}, so \\boxed{\\frac{1}{2}}."}, "q",
+     "\\frac{1}{2}"),
     ({"problem": "q", "solution": "long \\boxed{1}", "answer": "7"}, "q", "7"),
     ({"question": "q", "answer": "2+2=4 <<2+2=4>>\n#### 1,234"}, "q", "1,234"),
     ({"question": "q", "answer": "\\boxed{9}"}, "q", "9"),
     ({"question": "q", "final_answer": ["$9$"], "solution": ["..."]}, "q", "$9$"),
     ({"problem": "é \\text{中}", "answer": "5", "level": 3}, "é \\text{中}", "5"),
+    ({"prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}],
+      "label": "34"}, "q", "34"),
+    ({"prompt": [{"role": "user", "content": "q"}], "ability": "math",
+      "reward_model": {"style": "rule", "ground_truth": "\\frac12"}}, "q", "\\frac12"),
+    ({"prompt": [{"role": "user", "content": "no"}, {"role": "assistant", "content": "a"},
+                 {"role": "user", "content": "q"}], "label": 3}, "q", "3"),
+    ({"prompt": "q", "reward_model": {"ground_truth": ["5"]}}, "q", "5"),
+    ({"problem": "q", "reward_model": "gpt", "answer": "5"}, "q", "5"),
+    ({"problem": "q", "answer": 1e16}, "q", "10000000000000000"),
+    ({"problem": "q", "answer": 0.00001}, "q", "0.00001"),
+    ({"problem": "q", "answer": -2.5}, "q", "-2.5"),
+    ({"problem": "q", "solution": "The answer is $\\boxed 5$."}, "q", "5"),
 ])
 def test_load_problems(tmp_path, record, question, answer):
     path = write(tmp_path, "", record, "   ", record, "")
     assert load_problems(path) == [(question, answer)] * 2
     assert load_problems(path)[0].question == question
+    array = tmp_path / "array.json"
+    array.write_text("\n" + json.dumps([record] * 3, indent=1), "utf-8")
+    assert load_problems(array) == [(question, answer)] * 3, "a JSON array is read like lines"
 
 
 @pytest.mark.parametrize("bad", [
     "{", "[1]", "3", "null", '"text"', '{"problem": "q"}', '{"answer": "5"}', "\x00", "[" * 5000,
-    '{"problem": "", "answer": "5"}', '{"problem": "q", "answer": null}', '{"problem": 3, "answer": 3}',
+    '{"problem": "", "answer": "5"}', '{"problem": "q", "answer": null}',
+    '{"problem": 3, "answer": 3}',
     '{"problem": "q", "answer": ["1", "2"]}', '{"problem": "q", "answer": {}}',
     json.dumps({"problem": "q", "solution": "a proof without any box, longer than an answer is"}),
+    '{"prompt": [], "label": "5"}',
+    '{"prompt": [{"role": "system", "content": "q"}], "label": "5"}',
+    '{"prompt": [{"role": "user"}], "label": "5"}', '{"prompt": ["q", 3, null], "label": "5"}',
+    '{"problem": "q", "reward_model": {}}', '{"problem": "q", "reward_model": [1]}',
 ])
-def test_bad_line_is_named(tmp_path, bad):
-    path = write(tmp_path, {"problem": "q", "answer": "1"}, "", bad, {"problem": "q", "answer": "1"})
-    with pytest.raises(ValueError, match=r"data\.jsonl, line 3: "):
-        load_problems(path)
+def test_a_bad_line_is_left_out_and_told(tmp_path, bad):
+    """Kills a file of hundreds refused for one line, and lines dropped without a word."""
+    good, said = {"problem": "q", "answer": "1"}, []
+    path = write(tmp_path, good, "", bad, *[good] * 398)
+    assert len(load_problems(path, say=said.append)) == 399
+    assert len(said) == 1 and "1 of 400 lines left out, the first line 3: " in said[0], said
+    alone = write(tmp_path, "", bad, name="alone.jsonl")
+    if not bad.startswith("["):  # there it is a JSON array, and a bad one
+        with pytest.raises(ValueError, match=r"alone\.jsonl holds no problems; line 2: "):
+            load_problems(alone)
 
 
 def test_files_that_cannot_be_read(tmp_path):
-    with pytest.raises(ValueError, match="holds no problems"):
-        load_problems(write(tmp_path, "", "  "))
+    for text in ("", "\n  \n", "[]", "[\n]"):
+        with pytest.raises(ValueError, match=r"holds no problems\.$"):
+            load_problems(write(tmp_path, text))
     with pytest.raises(ValueError, match="Cannot read .*nowhere.jsonl: No such file"):
         load_problems(str(tmp_path / "nowhere.jsonl"))
     with pytest.raises(ValueError, match="Cannot read .*directory"):
         load_problems(str(tmp_path))
+    for text in ("[" * 9000, '[{"problem": "q"', "[1] [2]"):
+        with pytest.raises(ValueError, match="is not a JSON array"):
+            load_problems(write(tmp_path, text))
+    said = []
     (tmp_path / "latin.jsonl").write_bytes(b'{"problem": "q", "answer": "1"}\n{"problem": "\xe9"}')
-    with pytest.raises(ValueError, match=r"latin\.jsonl, line 2: "):
-        load_problems(tmp_path / "latin.jsonl")
+    assert load_problems(tmp_path / "latin.jsonl", say=said.append) == [("q", "1")]
+    assert "line 2" in said[0], "a line that is not UTF-8 is one bad line"
+    (tmp_path / "p.parquet").write_bytes(b"PAR1\x15\x04")
+    with pytest.raises(ValueError, match=r"python -c .import pandas; .*p\.parquet.*lines=True"):
+        load_problems(tmp_path / "p.parquet")
 
 
 @pytest.mark.parametrize("path, repo, revision, filename", [
@@ -850,7 +1105,8 @@ def test_hub_errors_are_one_sentence(monkeypatch):
 
 
 def test_math_task(tmp_path):
-    path = write(tmp_path, *({"problem": f"What is {n}+1?", "answer": str(n + 1)} for n in range(400)))
+    lines = [{"problem": f"What is {n}+1?", "answer": str(n + 1)} for n in range(400)]
+    path = write(tmp_path, *lines)
     task, rng = Math(path), random.Random(7)
     held_out = task.held_out_problems()
     assert 20 < len(held_out) < 60, f"held_out=0.1 of 400 keeps {len(held_out)}"
@@ -861,7 +1117,7 @@ def test_math_task(tmp_path):
     assert len(drawn) == 400 - len(held_out), "every other problem occurs"
     assert all(task.is_held_out(task.problem(rng, held_out=True)) for _ in range(20))
     assert len(Math(path, held_out=1.0).held_out_problems()) == 400
-    with pytest.raises(ValueError, match="leaves no problem"):
+    with pytest.raises(ValueError, match="leaves no problem to train on"):
         Math(path, held_out=1.0).problem(rng)
     assert Math(path, held_out=0.0).held_out_problems() == []
     x = held_out[0]
@@ -870,10 +1126,169 @@ def test_math_task(tmp_path):
     assert task.reward(x, task.prompt(x)) == 0, "the prompt copied"
     assert task.canonical("\\boxed{\\frac12}") == task.canonical("\\boxed{0.5}") == "1/2"
     assert task.canonical("no box") is task.canonical("\\boxed{}") is task.canonical(None) is None
-    assert "\\boxed" in task.system
-    for bad in (lambda: Math(path, style="poem"), lambda: task.prompt(x, "poem")):
-        with pytest.raises(ValueError, match="poem"):
-            bad()
+    assert "\\boxed" in task.system and task.notes == []
+
+
+def test_references_that_no_answer_can_match_are_told(tmp_path):
+    """Kills problems that nobody can solve and nobody hears of: too long, unbalanced, empty."""
+    bad = ["x" * (CAP + 1), "\\frac{1}{2", "$$", "5}{"]
+    good = ["x" * CAP, "1", "\\text{no}", "\\{1\\}", "10^{100}", "[1,2)"]
+    lines = [{"problem": f"q{n}", "answer": answer} for n, answer in enumerate(good + bad)]
+    notes = Math(write(tmp_path, *lines)).notes
+    assert len(notes) == 1 and "can match 4 of the 10 reference answers" in notes[0], notes
+    for answer in good:
+        assert math_reward(f"\\boxed{{{answer}}}", answer) == 1, answer
+    assert Math(write(tmp_path, *lines[: len(good)])).notes == []
+
+
+COUNTDOWN_LINES = [{"target": 24, "nums": [4, 7, 2, n]} for n in range(1, 100)]
+
+
+def test_countdown_from_a_file(tmp_path):
+    """Kills problems made up beside those of the file, and one split of them in the other."""
+    path = write(tmp_path, *COUNTDOWN_LINES)
+    task, rng = Countdown(path=path, style="think"), random.Random(1)
+    known = {Problem(tuple(line["nums"]), line["target"]) for line in COUNTDOWN_LINES}
+    held_out = task.held_out_problems(1000)
+    train = {task.problem(rng) for _ in range(2000)}
+    assert train | set(held_out) == known and not train & set(held_out)
+    assert 3 < len(held_out) < 25, f"held_out=0.1 of 99 keeps {len(held_out)}"
+    assert held_out == [p for p in task.problems.held_out if p in known], "file order"
+    assert task.problem(rng, held_out=True) in held_out
+    assert task.reward(Problem((4, 7, 2, 9), 24), "<answer>2*(9+7-4)</answer>") == 1
+    problem, answer = task.example(rng)  # for a warm start: these are made up
+    assert task.reward(problem, f"<answer>{answer}</answer>") == 1
+    assert len(Countdown(path=path, held_out=1.0).held_out_problems(1000)) == 99
+
+
+def test_countdown_problems_without_a_solution_are_told(tmp_path):
+    """Kills rewards that can never be had and of which nobody hears."""
+    lines = [*COUNTDOWN_LINES[:3], {"target": 99, "nums": [1, 1]}, {"target": 0, "nums": [7]},
+             {"target": 7, "nums": [7]}, {"target": 1, "nums": [1, 2, 3, 4, 5, 6]}]
+    notes = Countdown(path=write(tmp_path, *lines)).notes
+    assert len(notes) == 1 and "2 of 6 problems tried have no solution" in notes[0], notes
+    bad = [{"target": 1.5, "nums": [1]}, {"nums": [1]}, {"target": 1, "nums": []}, [3], "{",
+           {"target": 1, "nums": [1, "2"]}, {"target": 3, "nums": [-1, 4]},
+           {"target": 1, "nums": 1}, {"target": True, "nums": [1]}]
+    notes = Countdown(path=write(tmp_path, COUNTDOWN_LINES[8], *bad)).notes
+    assert len(notes) == 1 and "9 of 10 lines left out" in notes[0], notes
+    assert Countdown(path=write(tmp_path, *COUNTDOWN_LINES[6:9])).notes == []
+    assert LAPTOP.notes == [] and LAPTOP.problems is None
+
+
+def test_long_prompts_are_left_out_everywhere(tmp_path):
+    """Kills a list that keeps its long prompts, and a limit that is off by one."""
+    lines = [{"problem": "1" * n, "answer": "2"} for n in range(1, 101)]
+    for held_out in (0.0, 0.5, 1.0):
+        problems = Math(write(tmp_path, *lines), held_out).problems
+        assert problems.leave_out(tokens_of=lambda problem: len(problem.question), room=60) == 40
+        left = sorted(len(p.question) for p in problems.train + problems.held_out)
+        assert left == [*range(1, 61)], f"held_out={held_out}: prompts of {left} characters left"
+    problems = Countdown(path=write(tmp_path, *COUNTDOWN_LINES)).problems
+    assert problems.leave_out(tokens_of=lambda problem: sum(problem.numbers), room=20) == 92
+
+
+def test_a_grader_that_hangs_or_raises_costs_one_answer(monkeypatch, capsys):
+    """Kills a run that ends on one text of a package's grader, and one that swallows Ctrl-C."""
+    class Timeout(BaseException):
+        pass
+
+    raised = {"hang": Timeout, "raise": ValueError, "deep": RecursionError}
+    raised["stop"] = KeyboardInterrupt
+
+    def parse(text, raise_on_error):
+        if text in raised:
+            raise raised[text]
+        return text
+
+    package, errors = types.ModuleType("math_verify"), types.ModuleType("math_verify.errors")
+    package.parse, package.errors, errors.TimeoutException = parse, errors, Timeout
+    package.verify = lambda reference, answer, raise_on_error: reference == answer
+    monkeypatch.setitem(sys.modules, "math_verify", package)
+    monkeypatch.setitem(sys.modules, "math_verify.errors", errors)
+    grader = rewards.MathVerify()
+    assert (grader("\\boxed{7}", "7"), grader("\\boxed{8}", "7"), grader.failed) == (1, 0, 0)
+    for failed, text in enumerate(["hang", "raise", "deep"], start=1):
+        assert grader(text, "7") == 0 and grader.failed == failed, text
+        assert grader("\\boxed{7}", "7") == 1, f"the next answer after '{text}' counts again"
+    assert capsys.readouterr().out.count("failed on 1 answers") == 1
+    with pytest.raises(KeyboardInterrupt):
+        grader("stop", "7")
+
+
+def test_the_verifier_of_a_package(tmp_path, monkeypatch):
+    """Kills --verifier without effect, and a missing package told late or not at all."""
+    path = write(tmp_path, {"problem": "q", "answer": "7"})
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "math_verify", None)
+        with pytest.raises(ValueError, match="needs that package: pip install math-verify"):
+            Math(path, verifier="math-verify")
+    pytest.importorskip("math_verify")
+    task = Math(path, held_out=1.0, verifier="math-verify")
+    [problem] = task.held_out_problems()
+    assert task.reward(problem, "\\boxed{3+4}") == 1 and task.reward(problem, "\\boxed{8}") == 0
+    assert Math(path).reward(problem, "\\boxed{3+4}") == 0, "ours does no algebra"
+    assert task.reward(problem, "\\boxed{9^{9^9}}") == 0 and task.judge.failed == 1, "it hangs"
+    for text in (None, "", "\ud800", "\\boxed{" + "(" * 5000):
+        assert task.reward(problem, text) == 0, f"{text!r:.20} must score 0, whatever it raises"
+
+
+def flags_of(*words):
+    parser = argparse.ArgumentParser()
+    rewards.add_task_flags(parser)
+    return parser.parse_args(words)
+
+
+class NoTemplate:
+    chat_template = None
+
+
+class Template:
+    chat_template = "{{ messages }}"
+
+
+@pytest.mark.parametrize("words, tokenizer, filled", [
+    ([], NoTemplate, {"prompt": "bare", "counts": [4], "max_new_tokens": 24, "verifier": None}),
+    ([], Template, {"prompt": "think", "high": 99, "max_new_tokens": 1024}),
+    (["--prompt", "ask", "--high", "20"], Template, {"high": 20, "targets": [10, 100]}),
+    (["--task", "math", "--data", "x"], NoTemplate, {"prompt": "boxed", "verifier": "ours"}),
+    (["--data", "x", "--max-new-tokens", "7"], NoTemplate, {"prompt": "bare", "max_new_tokens": 7}),
+])
+def test_open_flags_are_filled_in(words, tokenizer, filled):
+    flags = flags_of(*words)
+    rewards.fill_task_flags(flags, tokenizer)
+    assert filled.items() <= vars(flags).items(), vars(flags)
+    once = dict(vars(flags))
+    rewards.fill_task_flags(flags, tokenizer)
+    assert vars(flags) == once, "filling in twice changes nothing"
+
+
+@pytest.mark.parametrize("words, why", [
+    (["--task", "math"], "--task math needs --data"),
+    (["--task", "math", "--data", "x", "--prompt", "bare"], "does not go with --task math"),
+    (["--prompt", "boxed"], "does not go with --task countdown"),
+    (["--max-new-tokens", "0"], "at least 1"),
+    (["--verifier", "math-verify"], "--verifier belongs to --task math"),
+    (["--task", "math", "--data", "x", "--high", "5"], "belong to --task countdown"),
+])
+def test_flags_that_contradict_are_told(words, why):
+    with pytest.raises(ValueError, match=why):
+        rewards.fill_task_flags(flags_of(*words), NoTemplate)
+
+
+def test_the_task_is_the_one_that_the_flags_describe(tmp_path):
+    """Kills a flag that make_task forgets to pass on."""
+    flags = flags_of("--counts", "3", "--high", "20", "--targets", "5", "50", "--prompt", "ask")
+    rewards.fill_task_flags(flags, Template)
+    task = rewards.make_task(flags, held_out=0.3)
+    facts = task.counts, task.high, task.targets, task.style, task.held_out, task.problems
+    assert facts == ((3,), 20, (5, 50), "ask", 0.3, None)
+    flags.data = write(tmp_path, *COUNTDOWN_LINES)
+    assert len(rewards.make_task(flags, held_out=1.0).held_out_problems(1000)) == 99
+    flags = flags_of("--task", "math", "--data", write(tmp_path, {"problem": "q", "answer": "7"}))
+    rewards.fill_task_flags(flags, Template)
+    task = rewards.make_task(flags, held_out=1.0)
+    assert task.held_out_problems() == [("q", "7")] and task.judge is math_reward
 
 
 def test_the_examples_in_the_docstrings_hold():

@@ -5,6 +5,7 @@ keys of another row's prompt, left padding read, gradient averaged over chunks o
 advantages formed per chunk, old log-probabilities taken after the first update, bf16 master weights, a NaN that reaches
 the weights, a resumed run that repeats problems or draws, a damaged checkpoint that is believed, a run overwritten.
 """
+import copy
 import functools
 import json
 import os
@@ -150,6 +151,28 @@ def test_smallest_learning_rates_move_fp32_weights():
     assert (after != before).float().mean() > 0.9, "a step of 1e-6 must change nearly every weight"
 
 
+@pytest.mark.parametrize("shape", [(64, 128), (384, 128), (128, 128)])
+def test_a_step_of_muon_is_orthogonal_and_as_torch_makes_it(shape):
+    """U V^T up to the iteration's own 0.7 .. 1.2, where a singular value is not tiny; torch.optim.Muon up to bf16."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    singular = torch.linalg.svdvals(train.orthogonal(x))
+    large = torch.linalg.svdvals(x) > 0.1 * torch.linalg.matrix_norm(x, 2)
+    assert (singular[large] > 0.6).all() and (singular < 1.25).all(), singular
+    policy, _ = small()
+    theirs = copy.deepcopy(policy)
+    for w, v in zip(policy.parameters(), theirs.parameters()):
+        w.grad = torch.randn(w.shape, generator=torch.Generator().manual_seed(w.numel()))
+        v.grad = w.grad.clone()
+    before = copy.deepcopy(policy)
+    ours, rest = train.Muon(policy, 0.01), [w for w in theirs.model.layers.parameters() if w.dim() == 2]
+    peer = torch.optim.Muon(rest, lr=0.01, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    for _ in range(3):
+        ours.step(), peer.step()
+    moved = [(a - b, c - b) for a, b, c in zip(*(model.model.layers.parameters() for model in (policy, before, theirs))) if a.dim() == 2]
+    assert all((mine - his).norm() < 0.05 * his.norm() for mine, his in moved), "not torch's step"
+    assert all(not torch.equal(a, b) for a, b in zip(policy.parameters(), before.parameters())), "the others move, too"
+
+
 def test_a_nan_never_reaches_the_weights():
     policy, tokenizer = small()
     def broken(logp, *rest, **options):
@@ -212,7 +235,7 @@ def base(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs")
     task = Countdown(counts=(2,), high=4, targets=(1, 8))
     policy, tokenizer = policy_module.tiny(width=64, layers=2, heads=2, kv_heads=1, inner=128)
-    train.warm_start(policy, tokenizer, task, steps=30, batch=64, lr=3e-3, say=lambda line: None)
+    train.warm_start(policy, tokenizer, task, steps=40, prompts=16, say=lambda line: None)
     policy_module.save(policy, tokenizer, out / "base" / "model")
     flags = {"task": "countdown", "prompt": "bare", "counts": [2], "high": 4, "targets": [1, 8], "max_new_tokens": 8}
     (out / "base" / "flags.json").write_text(json.dumps(flags))
@@ -259,7 +282,7 @@ def test_twenty_steps_raise_the_reward(base):
 @pytest.mark.parametrize("updates", [1, 2])
 def test_resume_is_bit_for_bit(base, updates):
     """6 steps at once against 3, then 3 more after a restart: same log, same weights."""
-    common = ("--loss", "grpo", "--updates", updates, "--save-every", 3, "--dynamic-sampling", 1, "--fixed-problems", 9)
+    common = ("--loss", "grpo", "--updates", updates, "--save-every", 3, "--dynamic-sampling", 1, "--schedule", "constant")
     assert go(base, *common, "--steps", 6, "--name", f"whole{updates}") == 0
     assert go(base, *common, "--steps", 3, "--name", f"halves{updates}") == 0
     assert go(base, *common, "--steps", 6, "--name", f"halves{updates}", "--resume") == 0
@@ -302,7 +325,7 @@ def test_dynamic_sampling_keeps_mixed_groups_and_is_bounded():
     policy, tokenizer = small()
     flags = dict(group_size=G, prompts=3, max_new_tokens=4, temperature=1.0, rows=5)    # rows: one prompt at a time
     for redraws, mixed in ((0, 1), (1, 2), (2, 3), (9, 3)):
-        args = train.argparse.Namespace(**flags, fixed_problems=None, dynamic_sampling=redraws)
+        args = train.argparse.Namespace(**flags, dynamic_sampling=redraws)
         problems, rollout, rewards = train.collect(policy, tokenizer, Scripted(), args, random.Random(0),
                                                    torch.Generator().manual_seed(0))
         assert len(problems) == 3 and len(rewards) == len(rollout.texts) == 12, "the batch must be full"
@@ -310,17 +333,66 @@ def test_dynamic_sampling_keeps_mixed_groups_and_is_bounded():
         assert ((share > 0) & (share < 1)).sum() == mixed, f"{redraws} redraws: {share.tolist()}"
 
 
-def test_fixed_problems_come_again_in_another_order():
-    task, rng = Countdown(counts=(4,), high=9, targets=(1, 60)), random.Random(0)
-    drawn = [train.draw(task, 5, rng) for _ in range(200)]
-    assert set(drawn) == {task.problem(random.Random(i)) for i in range(5)} and len(set(drawn)) == 5
-    assert all(25 <= drawn.count(problem) <= 55 for problem in set(drawn)), "each as often as another"
-    assert drawn[:100] != drawn[100:]
-    assert len({train.draw(task, None, rng) for _ in range(200)}) > 150, "without the flag nearly all are new"
-    args = train.argparse.Namespace(group_size=2, prompts=8, max_new_tokens=4, temperature=1.0, rows=99, dynamic_sampling=0,
-                                    fixed_problems=1)
-    problems, _, _ = train.collect(*small(), task, args, rng, torch.Generator().manual_seed(0))
-    assert problems == [task.problem(random.Random(0))] * 8
+def test_the_learning_rate_rises_and_falls_by_hand():
+    """lr 1, warmup 2, 5 steps: up in two, then down by a quarter a step, 0 one step after the last."""
+    def rates(steps, warmup, schedule="linear"):
+        args = train.argparse.Namespace(lr=1.0, steps=steps, warmup=warmup, schedule=schedule)
+        return [train.learning_rate(step, args) for step in range(1, steps + 1)]
+    assert rates(5, 2) == [0.5, 1.0, 0.75, 0.5, 0.25]
+    assert rates(4, 0) == [1.0, 0.75, 0.5, 0.25], "without a rise it falls from the start"
+    assert rates(2, 4) == [0.25, 0.5], "a run shorter than the warm-up only rises"
+    assert rates(4, 2, "constant") == [0.5, 1.0, 1.0, 1.0]
+
+
+def test_a_run_follows_the_schedule_and_a_resumed_one_that_of_its_new_length(base, capsys):
+    flags = ("--loss", "grpo", "--warmup", 2, "--name", "rates")
+    assert go(base, *flags, "--steps", 5) == 0
+    lr = [float(row["lr"]) for row in rows(base, "rates")]
+    assert lr == pytest.approx([5e-4, 1e-3, 7.5e-4, 5e-4, 2.5e-4]), lr
+    assert go(base, *flags, "--steps", 9, "--resume") == 0
+    assert "steps was 5 and is 9 from here on, and the learning rate falls to 0 there." in capsys.readouterr().out
+    lr = [float(row["lr"]) for row in rows(base, "rates")][5:]
+    assert lr == pytest.approx([5e-4, 3.75e-4, 2.5e-4, 1.25e-4]), f"steps 6 to 9 of a run of 9: {lr}"
+
+
+def table_of(text):
+    """The head of a printed table: its columns."""
+    return next(line for line in text.splitlines() if "(gain over base)" in line)
+
+
+def test_the_table_has_a_column_for_what_was_measured_alike(base, capsys, monkeypatch):
+    """A run beside this one counts where task, base, samples, temperature and problems are the same; and nothing is
+    measured twice."""
+    import eval as evaluation
+    measured, evaluate = [], evaluation.evaluate
+    monkeypatch.setattr(evaluation, "evaluate", lambda *args: measured.append(len(args[3])) or evaluate(*args))
+    table = ("--steps", 1, "--eval-problems", 2, "--eval-samples", 2)
+    assert go(base, "--loss", "rloo", "--name", "first", *table) == 0
+    text = capsys.readouterr().out
+    assert "first (gain over base)" in table_of(text) and len(measured) == 2, "the base and the run"
+    assert text.splitlines()[-1].endswith("python train.py --loss grpo"), "alone, it names the other command"
+    assert go(base, "--loss", "grpo", "--name", "second", *table) == 0
+    text = capsys.readouterr().out
+    assert "first (gain over base)" in text and "second (gain over base)" in text and len(measured) == 3, "the base is known"
+    one, two = (json.loads((base / name / "eval.json").read_text())["models"] for name in ("first", "second"))
+    assert one["base"] == two["base"] and set(two) == {"base", "second"}
+    for name, more in (("n", ("--eval-samples", 4)), ("T", ("--eval-temperature", 1.3)), ("problems", ("--eval-problems", 1)),
+                       ("length", ("--max-new-tokens", 7))):
+        flags = dict(zip(table[::2], table[1::2])) | dict([more])
+        assert go(base, "--loss", "grpo", "--name", f"other {name}", *[x for pair in flags.items() for x in pair]) == 0
+        assert "first" not in table_of(capsys.readouterr().out), f"another {name} is another table"
+    made = base / "base" / "model" / "model.safetensors"
+    before = made.read_bytes()
+    policy, tokenizer = policy_module.load(base / "base" / "model")
+    next(policy.parameters()).data[0] += 0.01
+    policy_module.save(policy, tokenizer, base / "base" / "model")
+    assert go(base, "--loss", "grpo", "--name", "other base", *table) == 0
+    assert "first" not in table_of(capsys.readouterr().out), "another base is another table"
+    made.write_bytes(before)
+    (base / "first" / "eval.json").write_text('{"setting": ')
+    assert go(base, "--loss", "grpo", "--name", "third", *table) == 0
+    text = table_of(capsys.readouterr().out)
+    assert "first" not in text and "second" in text, "a file cut in half is passed over"
 
 
 def test_a_kl_weight_loads_the_frozen_reference(base):

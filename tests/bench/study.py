@@ -122,9 +122,11 @@ def measure(model, task, part, n, temperature):
     import eval as evaluation
     import policy as policy_module
     import train
+    from rewards import fill_task_flags, make_task
     policy, tokenizer = policy_module.load(model)
     flags = train.parse(TASKS[task].split())
-    judge = evaluation.make_task(flags, tokenizer)
+    fill_task_flags(flags, tokenizer)
+    judge = make_task(flags)
     records = evaluation.evaluate(policy, tokenizer, judge, problems_of(judge, part), n, flags.max_new_tokens, temperature,
                                   torch.Generator().manual_seed(0))
     mean = lambda key: round(float(np.mean([r[key] for r in records if r[key] is not None] or [np.nan])), 3)
@@ -145,11 +147,12 @@ def start(out, task, results):
     """The base of a task, made once, and its own measurement."""
     import torch
     import train
+    from rewards import make_task
     torch.set_num_threads(os.cpu_count())
     flags = train.parse([*TASKS[task].split(), "--out", str(out / task)])
-    _, tokenizer, model = train.start_policy(flags, "cpu", torch.float32)
+    _, _, model = train.start_policy(flags, "cpu", torch.float32)
     if base_of(task) not in results:
-        judge = train.make_task(flags, tokenizer)
+        judge = make_task(flags)
         results[base_of(task)] = {"multiplicity": [len(judge.solutions(x)) for x in problems_of(judge, "test")],
                                   "path": [[0, on_the_way(model, task)]], "test": in_the_end(model, task)}
 
@@ -158,6 +161,7 @@ def one(out, task, regime, flags, seed):
     """One run from wherever it is -> (its name, its result). Seed 0 is for tuning: the test problems are not for it."""
     import torch
     import train
+    from rewards import make_task
     torch.set_num_threads(1)
     name, began = name_of(task, regime, flags, seed), time.time()
     place = out / task / re.sub(r"[^\w.+-]+", "_", name)
