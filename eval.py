@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 import policy as policy_module
 from rewards import SETTING, add_task_flags, fill_task_flags, make_task
-from sample import chat, sample
+from sample import chat, encode, sample
 
 
 def pass_at_k(n, c, k):
@@ -222,6 +222,7 @@ def parse(argv):
                        dest="temperatures", help="several: a table each, and --plot the frontier")
     flags.add_argument("--seed", type=int, default=0,
                        help="of the draws; the problems are always the same")
+    flags.add_argument("--stop", nargs="+", default=[], help="further tokens that end an answer")
     add_task_flags(parser)
     parser.set_defaults(task=None)                     # that of the runs named, else countdown
     machine = parser.add_argument_group("the machine")
@@ -272,7 +273,7 @@ def run(argv=None):
     device, dtype = pick_device(args.device)
     results = {temperature: {} for temperature in args.temperatures}
     for name, folder in task_of_runs(args).items():
-        policy, tokenizer = policy_module.load(folder, device, dtype)
+        policy, tokenizer = policy_module.load(folder, device, dtype, args.stop)
         fill_task_flags(args, tokenizer)
         task = make_task(args, held_out=1.0 if args.task == "math" else 0.1)
         notes = leave_out_too_long(task, tokenizer, policy, args.max_new_tokens)
@@ -387,7 +388,7 @@ def leave_out_too_long(task, tokenizer, policy, max_new_tokens):
 
     def tokens_of(problem):
         prompt = chat(tokenizer, task.system, task.prompt(problem), task.style)
-        return len(tokenizer(prompt).input_ids)
+        return encode(tokenizer, [prompt], "cpu")[0].shape[1]
 
     left_out = task.problems.leave_out(tokens_of, room)
     return task.notes + [f"{task.problems.path}: {left_out} problems are left out: prompts over "

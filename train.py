@@ -75,7 +75,7 @@ def run(args, typed):
     # processes; generator draws answers, each process its own.
     rng = random.Random(args.seed)
     generator = torch.Generator(policy.device).manual_seed(args.seed + 7919 * rank())
-    done = restore(folder, policy, optimizer, rng, generator, args)
+    done = restore(folder, policy, tokenizer, optimizer, rng, generator, args)
     log, bad = open_log(folder / "log.csv", done), 0
     again = command(typed, "--resume")
     stop = on_signal(f"stopped within a step; go on from the last checkpoint with: {again}",
@@ -517,7 +517,10 @@ def in_first(action):
 def start_policy(args, device, dtype):
     """--model, or the warm-started tiny policy -> (policy, tokenizer, where it lies)."""
     if args.model:
-        return *policy_module.load(args.model, device, dtype), args.model
+        policy, tokenizer = policy_module.load(args.model, device, dtype, args.stop)
+        if rank() == 0:
+            print(policy_module.says_when_it_stops(policy, tokenizer), flush=True)
+        return policy, tokenizer, args.model
     base = Path(args.out) / args.base
     if not (base / "model").is_dir():
         make_base(base, args, device)
@@ -613,9 +616,11 @@ def lock_file(path):
     return file
 
 
-def restore(folder, policy, optimizer, rng, generator, args):
+def restore(folder, policy, tokenizer, optimizer, rng, generator, args):
     """With --resume, the newest checkpoint -> steps done. Then the run's flags are written down."""
     done = 0
+    # What cannot be saved is told now, not after a night.
+    in_first(lambda: policy_module.try_to_save(policy, tokenizer, folder / "model"))
     if args.resume:
         done = load_checkpoint(folder / "checkpoints", policy, optimizer, rng, generator)
     if rank() == 0:
@@ -749,7 +754,7 @@ def compare(base, folder, task, problems, args, device, dtype):
     for name, where in (("base", base), (args.name, folder / "model")):
         known, mark = beside.pop(name, None), evaluation.fingerprint(where)
         if known is None or known["fingerprint"] != mark:
-            policy, tokenizer = policy_module.load(where, device, dtype)
+            policy, tokenizer = policy_module.load(where, device, dtype, args.stop)
             generator = torch.Generator(policy.device).manual_seed(0)
             records = evaluation.evaluate(policy, tokenizer, task, problems, args.eval_samples,
                                           args.max_new_tokens, args.eval_temperature, generator,
@@ -811,6 +816,7 @@ def parse(argv):
     flag("--model", help="the base: a folder or hub name; without it, a tiny policy, made once")
     flag("--base", default="base", help="the tiny policy's folder in --out; one a task")
     flag("--warm-steps", type=int, default=500, help="steps of cross-entropy that make it")
+    flag("--stop", nargs="+", default=[], help="with --model: further tokens that end an answer")
     own = parser.add_argument_group()                  # filled in below
     add_task_flags(parser)
     flag = parser.add_argument_group("one step").add_argument
