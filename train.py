@@ -37,7 +37,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict)
+    StateDictOptions, get_model_state_dict, get_optimizer_state_dict, get_state_dict,
+    set_model_state_dict, set_optimizer_state_dict)
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
@@ -663,12 +664,13 @@ def load_checkpoint(folder, policy, optimizer, rng, generator):
             weights[name] = value
         elif kind != "generator":
             moments.setdefault(name, {})[kind] = value
-    # The first process hands out what it has read; the others hold their own shards only.
+    # The first process hands out what it has read; the others hold their own shards only. In two
+    # calls: set_state_dict would take the empty `weights` of the others for "no weights at all".
     scattered = StateDictOptions(full_state_dict=True, broadcast_from_rank0=world() > 1)
-    _, optimiser = get_state_dict(policy, optimizer, options=scattered)
+    optimiser = get_optimizer_state_dict(policy, optimizer)
     optimiser["state"] = moments
-    set_state_dict(policy, optimizer, model_state_dict=weights, optim_state_dict=optimiser,
-                   options=scattered)
+    set_model_state_dict(policy, weights, options=scattered)
+    set_optimizer_state_dict(policy, optimizer, optimiser, options=scattered)
     version, internal, gauss = json.loads(facts["rng"])
     rng.setstate((version, tuple(internal), gauss))
     if len(generators) == world():
