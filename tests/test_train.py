@@ -131,6 +131,24 @@ def test_any_micro_batch_gives_the_plain_gradient(loss, micro_batch):
         f"micro-batch {micro_batch}: gradient off by {(gradient(policy) - plain).abs().max():.1e}"
 
 
+@pytest.mark.parametrize("micro_batch", [None, 5])
+def test_activations_computed_again_give_the_same_gradient_from_less_memory(micro_batch):
+    """The prompts' keys are in a cache that a second forward must not extend; all prompts but one are padded."""
+    gradients, kept = [], []
+    for recompute in (False, True):
+        policy, tokenizer = small()
+        rollout, policy.recompute = rollout_of(policy, tokenizer, 0.7), recompute
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+            train.train_step(policy, Still(policy), rollout, REWARDS, BONUS, G, temperature=0.7, micro_batch=micro_batch,
+                             grad_clip=1e9)
+        gradients.append(gradient(policy))
+        kept.append(sum(sizes))
+    plain, again = gradients
+    assert plain.norm() > 1e-3 and (plain - again).norm() < 1e-5 * plain.norm(), "another gradient"
+    assert kept[1] != kept[0], "nothing was computed again"
+
+
 def test_the_stop_token_is_trained():
     """One answer that is nothing but the stop token: raising it must move the weights, and raise exactly it."""
     policy, tokenizer = small()
@@ -193,6 +211,7 @@ import test_train as t, train
 torch.distributed.init_process_group("gloo")
 torch.set_num_threads(1)
 policy, tokenizer = t.small()
+policy.recompute = train.world() > 1                        # shards and activations that are made again go together
 rollout = t.rollout_of(policy, tokenizer, 0.7, ("4 7 2 9,24=", "1 1,2=", "3 9 9,7=", "2 2,4="))
 rollout.response[9:12], rollout.mask[9:12] = rollout.response[8], rollout.mask[8]     # one process has few different answers
 rewards = torch.tensor([1., 0, 0, 1, 0, 0, 0, 1, 1, 1, 1, 1, 0, 0, 1, 0])
