@@ -1,4 +1,4 @@
-"""How it is measured: Pass@k with intervals, and how many different right answers a model still has.
+"""How it is measured: Pass@k with intervals, and how many different right answers a model has.
 
     python eval.py runs/base runs/grpo runs/diffsmooth --n 128
     python eval.py runs/grpo runs/diffsmooth --temperatures 0.4 0.7 1 1.3 --plot frontier.png
@@ -10,10 +10,10 @@ For a problem with n samples of which c are correct:
 - Pass@k   the chance that at least one of k samples is correct: 1 - C(n-c, k) / C(n, k), without
            bias (arXiv 2107.03374); averaged over problems last. Pass@1 is the paper's C(pi).
 - distinct the number of different correct answers among the n, up to the order of + and *;
-           as_text  by their characters. Pass@k cannot see this: two problems with the same chance of
-           success have the same Pass@k, however alike their answers are.
-- sigma    Gini-Simpson diversity of the correct answers, the chance that two correct samples differ:
-           1 - sum_j n_j (n_j - 1) / (c (c - 1)), without bias; mean over the problems with c >= 2.
+           as_text  by their characters. Pass@k cannot see this: the same chance of success gives
+           the same Pass@k, however alike the answers are.
+- sigma    Gini-Simpson diversity of the correct answers, the chance that two correct samples
+           differ: 1 - sum_j n_j (n_j - 1) / (c (c - 1)), without bias; over problems with c >= 2.
 - nats     mean of -log pi(y|x): an estimate of the entropy of whole answers.
 Intervals are 95 % bootstrap intervals over problems, and those of a difference are paired: the same
 resampled problems serve all models.
@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 import policy as policy_module
 from rewards import SETTING, add_task_flags, fill_task_flags, make_task
-from sample import chat, sample
+from sample import chat, encode, sample
 
 
 def pass_at_k(n, c, k):
@@ -87,7 +87,7 @@ def evaluate(policy, tokenizer, task, problems, n, max_new_tokens, temperature=1
 def record(task, problem, answers):
     """What the table needs of one problem; answers: list of (text, tokens, nats, finished)."""
     texts, tokens, nats, finished = zip(*answers)
-    judged = {text: (task.reward(problem, text) == 1.0, task.canonical(text)) for text in set(texts)}
+    judged = {text: (task.reward(problem, text) == 1, task.canonical(text)) for text in set(texts)}
     correct = [text for text in texts if judged[text][0]]
     forms = Counter(judged[text][1] for text in correct)
     c, n = len(correct), len(texts)
@@ -99,7 +99,7 @@ def record(task, problem, answers):
 
 
 def columns(records):
-    """{column: (problems,) array}: what is averaged over problems. NaN: a problem without a value."""
+    """{column: (problems,) array}: what is averaged over problems. NaN where one has no value."""
     n = records[0]["n"]
     values = {f"Pass@{k}": [100 * pass_at_k(n, r["c"], k) for r in records] for k in powers_of_2(n)}
     for name in ("distinct", "as_text", "sigma", "parsed", "finished", "tokens", "nats"):
@@ -117,7 +117,7 @@ def summary(results, resamples=2000, seed=0):
     model, for all but that one}}}."""
     first, size = next(iter(results)), len(next(iter(results.values())))
     # The same resampled problems serve every model, so the interval of a gain is a paired one.
-    picks = np.random.default_rng(seed).integers(0, size, (resamples, size))    # (resamples, problems)
+    picks = np.random.default_rng(seed).integers(0, size, (resamples, size))
     values = {model: columns(records) for model, records in results.items()}
     summaries = {}
     for model, table in values.items():
@@ -140,10 +140,11 @@ def interval(x, picks):
 
 
 def table(summaries):
-    """The summaries as text: a line a measure, a column a model. The first has its own interval, the
-    others have their gain over it with the interval of the gain."""
+    """The summaries as text: a line a measure, a column a model. The first has its own interval,
+    the others have their gain over it with the interval of the gain."""
     first = next(iter(summaries))
-    lines = [["", first, *(f"{model} (gain over {first})" for model in summaries if model != first)]]
+    others = [model for model in summaries if model != first]
+    lines = [["", first, *(f"{model} (gain over {first})" for model in others)]]
     for name in summaries[first]:
         digits = 2 if name in ("sigma", "parsed", "finished") else 1
         line = [name]
@@ -152,7 +153,8 @@ def table(summaries):
             if mean is None or gain["mean"] is None:   # sigma of a model that is never right twice
                 line.append("-".rjust(6))
             elif model == first:
-                line.append(f"{mean:6.{digits}f} [{gain['low']:.{digits}f}, {gain['high']:.{digits}f}]")
+                line.append(f"{mean:6.{digits}f} [{gain['low']:.{digits}f}, "
+                            f"{gain['high']:.{digits}f}]")
             else:
                 line.append(f"{mean:6.{digits}f}  {gain['mean']:+.{digits}f} "
                             f"[{gain['low']:+.{digits}f}, {gain['high']:+.{digits}f}]")
@@ -181,7 +183,8 @@ def chart(summaries, height=12):
     lines = [f"{top * (height - y) / height:5.0f} |" + "".join(line) for y, line in enumerate(grid)]
     labels = "".join(str(k).ljust(len(summaries) + 3) for k in ks)
     names = ", ".join(f"{chr(97 + i)} {model}" for i, model in enumerate(summaries))
-    return "\n".join([*(line.rstrip() for line in lines), f"{'k':>5}  {labels.rstrip()}", f"Pass@k: {names}"])
+    lines += [f"{'k':>5}  {labels}", f"Pass@k: {names}"]
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def plot(summaries, file, title):
@@ -229,11 +232,12 @@ def parse(argv):
     flags.add_argument("--problems", type=int, default=512,
                        help="held-out problems (math: at most what --data has)")
     flags.add_argument("--temperature", "--temperatures", type=float, nargs="+", default=[0.7],
-                       dest="temperatures", help="several give a table each, and --plot the frontier")
+                       dest="temperatures", help="several: a table each, and --plot the frontier")
     flags.add_argument("--seed", type=int, default=0,
                        help="of the draws; the problems are always the same")
+    flags.add_argument("--stop", nargs="+", default=[], help="further tokens that end an answer")
     add_task_flags(parser)
-    parser.set_defaults(task=None)                     # None: that of the runs named, else countdown
+    parser.set_defaults(task=None)                     # that of the runs named, else countdown
     machine = parser.add_argument_group("the machine")
     machine.add_argument("--rows", type=int, default=1024,
                          help="answers in flight at once: lower it when memory runs out")
@@ -249,13 +253,14 @@ def parse(argv):
         raise ValueError("--temperature must be above 0.")
     for file in (Path(args.json), Path(args.plot or "plot.png")):     # now, not after an hour
         if file.is_dir() or not file.parent.is_dir():
-            raise ValueError(f"'{file}' cannot be written: it must be a file in a folder that exists.")
+            raise ValueError(f"'{file}' cannot be written: it must be a file in a folder that "
+                             "exists.")
     return args
 
 
 def task_of_runs(args):
-    """Fill in what the flags leave open: a run is measured on the task that it was trained on, and so
-    is everything beside it -> {name: folder of its model}, {name: flags of a run}."""
+    """Fill in what the flags leave open: a run is measured on the task that it was trained on, and
+    so is everything beside it -> {name: folder of its model}, {name: flags of a run}."""
     given, folders, runs = vars(args).copy(), {}, {}
     for name in args.models:
         folders[name] = name
@@ -285,7 +290,7 @@ def run(argv=None):
     results = {temperature: {} for temperature in args.temperatures}
     folders, runs = task_of_runs(args)
     for name, folder in folders.items():
-        policy, tokenizer = policy_module.load(folder, device, dtype)
+        policy, tokenizer = policy_module.load(folder, device, dtype, args.stop)
         fill_task_flags(args, tokenizer)
         task = make_task(args, held_out=1.0 if args.task == "math" else 0.1)
         notes = leave_out_too_long(task, tokenizer, policy, args.max_new_tokens)
@@ -348,7 +353,7 @@ class Help(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """Bad flags are told in one sentence, like all bad input; a dash and an underscore are the same."""
+    """Bad flags are told in one sentence, as all bad input is; a dash may be an underscore."""
 
     def __init__(self, **options):
         super().__init__(formatter_class=Help, allow_abbrev=False, **options)
@@ -382,7 +387,7 @@ def world():
 
 
 def start_processes(device):
-    """Join the other processes of torchrun, if it started this one -> (device, activation dtype)."""
+    """Join the other processes, if torchrun started this one -> (device, activation dtype)."""
     if "LOCAL_RANK" in os.environ and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     device, dtype = pick_device(device)
@@ -434,15 +439,15 @@ def read_flags(file):
 
 
 def leave_out_too_long(task, tokenizer, policy, max_new_tokens):
-    """Drop the problems of a file whose prompt leaves no room for an answer: one of them must not end
-    a night's work -> what there is to say about the file, a list of sentences."""
+    """Drop the problems of a file whose prompt leaves no room for an answer: one of them must not
+    end a night's work -> what there is to say about the file, a list of sentences."""
     if task.problems is None:                          # made up, not read: none is too long
         return []
     room = policy.config.max_position_embeddings - max_new_tokens
 
     def tokens_of(problem):
         prompt = chat(tokenizer, task.system, task.prompt(problem), task.style)
-        return len(tokenizer(prompt).input_ids)
+        return encode(tokenizer, [prompt], "cpu")[0].shape[1]
 
     left_out = task.problems.leave_out(tokens_of, room)
     return task.notes + [f"{task.problems.path}: {left_out} problems are left out: prompts over "
@@ -465,14 +470,14 @@ def split(flags):
 
 
 def leave_out_trained(task, runs):
-    """Drop the problems that one of these runs, {name: flags}, was trained on -> what there is to say
-    of it, a list of sentences."""
+    """Drop the problems that one of these runs, {name: flags}, was trained on -> what there is to
+    say of it, a list of sentences."""
     notes = []
     for name, flags in runs.items():
         try:
             trained = {x.question for x in split(argparse.Namespace(**flags))[0].problems.train}
         except (ValueError, AttributeError) as error:  # its file is gone; it is of the other task
-            notes.append(f"what {name} was trained on is not known ({error}): it may be asked here.")
+            notes.append(f"what {name} was trained on is not known ({error}): it may be asked.")
             continue
         before = len(task.problems.held_out)
         task.problems.held_out = [x for x in task.problems.held_out if x.question not in trained]
@@ -483,8 +488,8 @@ def leave_out_trained(task, runs):
 
 
 def fingerprint(path):
-    """What tells a data file, or the weights of a model folder, from others: a hash of the file, or
-    of names, sizes and the first megabyte of each. A name that is no path here stands for itself."""
+    """What tells a data file, or the weights of a model folder, from others: a hash of the file; of
+    names, sizes and the first megabyte of each. A name that is no path here stands for itself."""
     path = Path(path)
     total, size = hashlib.sha256(), 1 << 20 if path.is_dir() else -1
     for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
@@ -496,12 +501,12 @@ def fingerprint(path):
 
 
 def explain(error):
-    """One sentence for what a user can mend. Anything else is a bug of ours: it keeps its traceback."""
+    """One sentence for what a user can mend. Anything else is a bug: it keeps its traceback."""
     text = " ".join(str(error).split())
     if (isinstance(error, (torch.OutOfMemoryError, MemoryError))
             or "tried to allocate" in text or "out of memory" in text):
-        return ("out of memory: lower --rows if this was sampling or evaluation, --micro-batch if it "
-                "was an update.")
+        return ("out of memory: lower --rows if this was sampling or evaluation, --micro-batch if "
+                "it was an update.")
     if "No space left on device" in text:
         return (f"the disk is full ({text}); what was saved before is whole: make room, then go on "
                 "with train.py --resume.")

@@ -645,6 +645,11 @@ def stop_tokens(folder, tokenizer, more):
     return found | (set(ids) & tokenizer.added_tokens_decoder.keys())
 
 
+def says_when_it_stops(policy, tokenizer):
+    names = tokenizer.convert_ids_to_tokens(policy.stop_ids)
+    return f"an answer ends with {' or '.join(map(str, names)) or 'nothing but --max-new-tokens'}"
+
+
 def read(what, reader):
     """reader(), whose many kinds of error become one sentence that names `what`."""
     try:

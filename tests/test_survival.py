@@ -705,7 +705,7 @@ def test_the_optimiser_is_gone_when_the_table_is_made(base, monkeypatch):
 
 class Odd:
     """A task with any prompts and any reward."""
-    style, system, problems = "bare", "", None
+    style, system, problems, notes = "bare", "", None, []
 
     def __init__(self, prompts, reward):
         self.prompts, self.calls, self.verdict = prompts, 0, reward

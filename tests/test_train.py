@@ -5,6 +5,7 @@ keys of another row's prompt, left padding read, gradient averaged over chunks o
 advantages formed per chunk, old log-probabilities taken after the first update, bf16 master weights, a NaN that reaches
 the weights, a resumed run that repeats problems or draws, a damaged checkpoint that is believed, a run overwritten.
 """
+import argparse
 import copy
 import functools
 import json
@@ -344,7 +345,7 @@ def test_dynamic_sampling_keeps_mixed_groups_and_is_bounded():
     policy, tokenizer = small()
     flags = dict(group_size=G, prompts=3, max_new_tokens=4, temperature=1.0, rows=5)    # rows: one prompt at a time
     for redraws, mixed in ((0, 1), (1, 2), (2, 3), (9, 3)):
-        args = train.argparse.Namespace(**flags, dynamic_sampling=redraws)
+        args = argparse.Namespace(**flags, dynamic_sampling=redraws)
         problems, rollout, rewards = train.collect(policy, tokenizer, Scripted(), args, random.Random(0),
                                                    torch.Generator().manual_seed(0))
         assert len(problems) == 3 and len(rewards) == len(rollout.texts) == 12, "the batch must be full"
@@ -355,7 +356,7 @@ def test_dynamic_sampling_keeps_mixed_groups_and_is_bounded():
 def test_the_learning_rate_rises_and_falls_by_hand():
     """lr 1, warmup 2, 5 steps: up in two, then down by a quarter a step, 0 one step after the last."""
     def rates(steps, warmup, schedule="linear"):
-        args = train.argparse.Namespace(lr=1.0, steps=steps, warmup=warmup, schedule=schedule)
+        args = argparse.Namespace(lr=1.0, steps=steps, warmup=warmup, schedule=schedule)
         return [train.learning_rate(step, args) for step in range(1, steps + 1)]
     assert rates(5, 2) == [0.5, 1.0, 0.75, 0.5, 0.25]
     assert rates(4, 0) == [1.0, 0.75, 0.5, 0.25], "without a rise it falls from the start"
