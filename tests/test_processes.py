@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))                 # for the script; pytest does it by itself
 import eval as evaluation
 import policy as policy_module

@@ -147,7 +147,7 @@ def test_activations_computed_again_give_the_same_gradient_from_less_memory(micr
         kept.append(sum(sizes))
     plain, again = gradients
     assert plain.norm() > 1e-3 and (plain - again).norm() < 1e-5 * plain.norm(), "another gradient"
-    assert kept[1] != kept[0], "nothing was computed again"
+    assert kept[1] < kept[0], "nothing was computed again"
 
 
 def test_the_stop_token_is_trained():
