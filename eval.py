@@ -52,12 +52,20 @@ def pass_at_k(n, c, k):
 
 def evaluate(policy, tokenizer, task, problems, n, max_new_tokens, temperature=1.0, generator=None,
              rows=1024):
-    """n answers to each problem -> one dict a problem, see `record`. rows: answers in flight."""
-    records = []
+    """n answers to each problem -> one dict a problem, see `record`. rows: answers in flight.
+
+    Under torchrun the batches of problems are dealt out to the processes, and each gets the records
+    of all: those of one process, bit for bit."""
+    records = {}                                       # number of a batch -> its records
     problems_at_once, answers_at_once = max(1, rows // n), max(1, min(n, rows))
     for start in tqdm(range(0, len(problems), problems_at_once), desc="evaluate", leave=False,
-                      disable=not sys.stderr.isatty()):
-        batch = problems[start:start + problems_at_once]
+                      disable=rank() > 0 or not sys.stderr.isatty()):
+        batch, number = problems[start:start + problems_at_once], start // problems_at_once
+        if number % world() != rank():                 # another's: only the generator goes past it
+            for drawn in range(0, n, answers_at_once):
+                torch.rand(len(batch) * min(answers_at_once, n - drawn), max_new_tokens,
+                           generator=generator, device=policy.device)
+            continue
         prompts = [chat(tokenizer, task.system, task.prompt(x), task.style) for x in batch]
         answers = [[] for _ in batch]                  # a problem: (text, tokens, nats, finished)
         for drawn in range(0, n, answers_at_once):     # a group larger than `rows` in several goes
@@ -67,8 +75,13 @@ def evaluate(policy, tokenizer, task, problems, n, max_new_tokens, temperature=1
                         (-rollout.logp.sum(1)).tolist(), rollout.finished.tolist())
             for row, fact in enumerate(facts):
                 answers[row // G].append(fact)
-        records += [record(task, problem, given) for problem, given in zip(batch, answers)]
-    return records
+        records[number] = [record(task, problem, given) for problem, given in zip(batch, answers)]
+    parts = [records]
+    if world() > 1:
+        parts = [None] * world()
+        torch.distributed.all_gather_object(parts, records)
+    records = {number: some for part in parts for number, some in part.items()}
+    return [one for number in sorted(records) for one in records[number]]
 
 
 def record(task, problem, answers):
@@ -247,45 +260,54 @@ def parse(argv):
 
 def task_of_runs(args):
     """Fill in what the flags leave open: a run is measured on the task that it was trained on, and
-    so is everything beside it -> {name: folder of its model}."""
-    given, folders = vars(args).copy(), {}
+    so is everything beside it -> {name: folder of its model}, {name: flags of a run}."""
+    given, folders, runs = vars(args).copy(), {}, {}
     for name in args.models:
         folders[name] = name
         if not (Path(name) / "flags.json").is_file():
             continue
-        flags = read_flags(Path(name) / "flags.json")
-        for key in (key for key in SETTING if given[key] is None):
-            if getattr(args, key) not in (None, flags[key]):
-                raise ValueError(f"'{name}' was trained with {key} {flags[key]}, a run before it "
+        flags = runs[name] = read_flags(Path(name) / "flags.json")
+        wanted = flags | {"data": flags["eval_data"] or flags["data"]}
+        for key, value in wanted.items():
+            if key not in (*SETTING, "data") or given[key] is not None or value is None:
+                continue
+            if getattr(args, key) not in (None, value):
+                raise ValueError(f"'{name}' was trained with {key} {value}, a run before it "
                                  f"with {getattr(args, key)}: say by --{key.replace('_', '-')} on "
                                  "which to measure.")
-            setattr(args, key, flags[key])
+            setattr(args, key, value)
         folders[name] = Path(name) / "model"
         if not folders[name].is_dir():
             raise ValueError(f"'{name}' has no finished model yet: go on with it by "
                              "train.py --resume.")
     args.task = args.task or "countdown"
-    return folders
+    return folders, runs
 
 
 def run(argv=None):
     args = parse(argv)
-    device, dtype = pick_device(args.device)
+    device, dtype = start_processes(args.device)       # as many as torchrun started
     results = {temperature: {} for temperature in args.temperatures}
-    for name, folder in task_of_runs(args).items():
+    folders, runs = task_of_runs(args)
+    for name, folder in folders.items():
         policy, tokenizer = policy_module.load(folder, device, dtype, args.stop)
         fill_task_flags(args, tokenizer)
         task = make_task(args, held_out=1.0 if args.task == "math" else 0.1)
         notes = leave_out_too_long(task, tokenizer, policy, args.max_new_tokens)
-        if notes and not results[args.temperatures[0]]:
+        notes += leave_out_trained(task, runs) if args.task == "math" else []
+        if notes and not results[args.temperatures[0]] and rank() == 0:
             print(*notes, sep="\n")
         problems = task.held_out_problems(args.problems)
+        if not problems:
+            raise ValueError(f"'{args.data}' holds no problem to evaluate on.")
         label = Path(name).name
         label = name if label in results[args.temperatures[0]] else label
         for temperature, records in results.items():
             generator = torch.Generator(device).manual_seed(args.seed)
             records[label] = evaluate(policy, tokenizer, task, problems, args.n,
                                       args.max_new_tokens, temperature, generator, args.rows)
+    if rank() > 0:
+        return
     summaries = {temperature: summary(records) for temperature, records in results.items()}
     for temperature, some in summaries.items():
         print(f"{len(problems)} held-out problems, {args.n} samples each, temperature "
@@ -303,6 +325,7 @@ def run(argv=None):
 def main(argv=None):
     """Run, and turn what a user can get wrong into one sentence and exit code 2."""
     try:
+        any_character()
         run(argv)
     except KeyboardInterrupt:
         print("stopped; nothing was written.", file=sys.stderr)
@@ -348,6 +371,41 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(spelled, namespace)
 
 
+def any_character():
+    """A terminal or log file that lacks a character shows its number instead, and ends no run."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def rank():
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def world():
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def start_processes(device):
+    """Join the other processes, if torchrun started this one -> (device, activation dtype)."""
+    if "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    device, dtype = pick_device(device)
+    if "RANK" in os.environ:
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+    return device, dtype
+
+
+def leave(code):
+    """End the program. The threads of process groups now and then abort a Python that shuts down,
+    whereupon torchrun ends the other processes, at work or not: so there is no shutting down."""
+    if torch.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 def pick_device(name):
     """cuda, else cpu, unless `name` says which -> (device, dtype of the activations)."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -374,7 +432,8 @@ def read_flags(file):
     """The flags.json of a run or of runs/base; ValueError where it is missing, damaged or without
     a task."""
     def reader():
-        flags = {"verifier": None} | json.loads(file.read_text())   # older runs have none
+        lacking = {"verifier": None, "data": None, "eval_data": None}   # older runs, and the base
+        flags = lacking | json.loads(file.read_text())
         return flags | {key: flags[key] for key in SETTING}
     return policy_module.read(file, reader)
 
@@ -395,16 +454,51 @@ def leave_out_too_long(task, tokenizer, policy, max_new_tokens):
                          f"{room} tokens."] * (left_out > 0)
 
 
+def split(flags):
+    """What a run with these flags trains on, and what it is measured on -> two tasks, or twice the
+    one that holds out a tenth. A problem that stands in --eval-data, too, is not trained on."""
+    if not flags.eval_data:
+        return [make_task(flags)] * 2
+    task = make_task(flags, held_out=0.0)
+    exam = make_task(argparse.Namespace(**vars(flags) | {"data": flags.eval_data}), held_out=1.0)
+    asked, before = {x.question for x in exam.problems.held_out}, len(task.problems.train)
+    task.problems.train = [x for x in task.problems.train if x.question not in asked]
+    if left_out := before - len(task.problems.train):
+        task.notes.append(f"{flags.data}: {left_out} problems are not trained on, as they are "
+                          f"held-out problems of {flags.eval_data}, too.")
+    return task, exam
+
+
+def leave_out_trained(task, runs):
+    """Drop the problems that one of these runs, {name: flags}, was trained on -> what there is to
+    say of it, a list of sentences."""
+    notes = []
+    for name, flags in runs.items():
+        if flags["task"] != "math":
+            continue
+        try:
+            trained = {x.question for x in split(argparse.Namespace(**flags))[0].problems.train}
+        except ValueError as error:                    # its file is gone, say
+            notes.append(f"what {name} was trained on is not known ({error}): it may be asked.")
+            continue
+        before = len(task.problems.held_out)
+        task.problems.held_out = [x for x in task.problems.held_out if x.question not in trained]
+        if left_out := before - len(task.problems.held_out):
+            notes.append(f"{task.problems.path}: {left_out} problems are left out, as {name} was "
+                         "trained on them.")
+    return notes
+
+
 def fingerprint(path):
-    """What tells a data file, or the weights of a model folder, from others: a hash of names, sizes
-    and the first megabyte of each file. A name that is no path here stands for itself."""
+    """What tells a data file, or the weights of a model folder, from others: a hash of the file; of
+    names, sizes and the first megabyte of each. A name that is no path here stands for itself."""
     path = Path(path)
-    total = hashlib.sha256()
+    total, size = hashlib.sha256(), 1 << 20 if path.is_dir() else -1
     for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
         if not file.is_file():
             return str(path)
         with open(file, "rb") as opened:
-            total.update(f"{file.name} {file.stat().st_size} ".encode() + opened.read(1 << 20))
+            total.update(f"{file.name} {file.stat().st_size} ".encode() + opened.read(size))
     return total.hexdigest()
 
 
@@ -420,8 +514,10 @@ def explain(error):
                 "with train.py --resume.")
     if isinstance(error, (ValueError, OSError, SafetensorError)):
         return text
+    if world() > 1 and (isinstance(error, torch.distributed.DistError) or "gloo" in text):
+        return "another process has ended, so this one ends, too."
     raise error
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

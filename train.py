@@ -17,7 +17,6 @@ base that all runs start from and are measured against.
 
 Letters: B rows = prompts x G, the rows of one prompt contiguous; T response length.
 """
-import argparse
 import copy
 import csv
 import functools
@@ -37,14 +36,15 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict)
+    StateDictOptions, get_model_state_dict, get_optimizer_state_dict, get_state_dict,
+    set_model_state_dict, set_optimizer_state_dict)
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import eval as evaluation
 import losses
 import policy as policy_module
-from eval import Parser, explain, pick_device, read_flags, write_json
+from eval import Parser, explain, rank, read_flags, start_processes, world, write_json
 from policy import score
 from rewards import SETTING, add_task_flags, fill_task_flags, make_task
 from sample import Rollout, chat, encode, join, sample, take
@@ -58,10 +58,17 @@ except ImportError:
 def run(args, typed):
     """One run, from its base to the table at the end -> exit code. typed: the command line."""
     # What learns, and on what. All that a user can have got wrong is told here, before any step.
-    device, dtype = start_processes(args)              # as many as torchrun started
+    device, dtype = start_processes(args.device)       # as many as torchrun started
+    check(args)                                        # again: now it is known how many they are
+    if rank() == 0:
+        print(f"{args.loss} on {args.task}, {device}, {torch.get_num_threads()} threads, "
+              f"torch {torch.__version__}", flush=True)
     policy, tokenizer, base = start_policy(args, device, dtype)
+    policy.recompute = args.checkpoint_activations
     task, exam = make_tasks(args, tokenizer, policy)   # to train on; (task, problems) to measure on
     folder = Path(args.out) / args.name
+    files = {"--data": args.data, "--eval-data": args.eval_data, "the base": base}
+    args.files = {what: evaluation.fingerprint(path) for what, path in files.items() if path}
     lock = in_first(lambda: open_run(folder, args))    # held until the process ends
 
     # The loss with its hyperparameters bound; a frozen copy of the base only where a KL term asks.
@@ -81,7 +88,7 @@ def run(args, typed):
     stop = on_signal(f"stopped within a step; go on from the last checkpoint with: {again}",
                      wait=True)
     for step in tqdm(range(done + 1, args.steps + 1), initial=done, total=args.steps,
-                     disable=not sys.stderr.isatty()):
+                     disable=rank() > 0 or not sys.stderr.isatty()):
         began = time.time()
 
         # 1. Draw G answers to each of some problems, and judge them.
@@ -130,7 +137,7 @@ def run(args, typed):
     on_signal(f"stopped after the last step, all saved; make the table with: {again}")
     save_model(policy, tokenizer, folder / "model")
     del policy, reference, optimizer                   # their memory is for the table now
-    if args.eval_problems and rank() == 0:
+    if args.eval_problems:
         compare(base, folder, *exam, args, device, dtype)
     return 0
 
@@ -258,7 +265,7 @@ BAD_STEPS = 3                 # this many steps in a row with a NaN or infinite 
 # What --resume lets one change: the run's length, what cures a NaN or a lack of memory, and what is
 # shown or saved.
 FREE = ("steps", "lr", "micro_batch", "rows", "save_every", "show_every", "eval_problems",
-        "eval_samples", "eval_temperature", "out", "resume")
+        "eval_samples", "eval_temperature", "out", "resume", "checkpoint_activations", "files")
 
 
 def learning_rate(step, args):
@@ -444,29 +451,6 @@ def complain(step, stats, rollout, rows):
 
 # -------------------------------------------------------------------------------- several processes
 
-def rank():
-    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-
-
-def world():
-    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-
-
-def start_processes(args):
-    """Join the other processes, if torchrun started this one -> (device, activation dtype)."""
-    if "LOCAL_RANK" in os.environ and torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    device, dtype = pick_device(args.device)
-    if "RANK" in os.environ:
-        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-        torch.distributed.init_process_group(backend)
-        check(args)                                    # again: now it is known how many they are
-    if rank() == 0:
-        print(f"{args.loss} on {args.task}, {device}, {torch.get_num_threads()} threads, "
-              f"torch {torch.__version__}", flush=True)
-    return device, dtype
-
-
 def gather(x):
     """Rows of every process, in process order, padded with 0 to the widest; x itself if alone."""
     if world() == 1:
@@ -510,6 +494,14 @@ def in_first(action):
     if gather(torch.tensor([float(error is not None)])).any():
         raise error or ValueError("the first process ended the run and says why.")
     return result
+
+
+def from_first(value):
+    """The first process's value, in every process; no other has to see its files."""
+    values = [value]
+    if world() > 1:
+        torch.distributed.broadcast_object_list(values)
+    return values[0]
 
 
 # -------------------------------------------------------------------------- what a run starts from
@@ -560,10 +552,7 @@ def make_tasks(args, tokenizer, policy):
     fill_task_flags(args, tokenizer)
     if getattr(args, "max_len", 0) is None:            # dr_grpo divides by the longest answer
         args.max_len = args.max_new_tokens
-    task = judge = make_task(args, held_out=0.0 if args.eval_data else 0.1)
-    if args.eval_data:
-        flags = argparse.Namespace(**vars(args) | {"data": args.eval_data})
-        judge = make_task(flags, held_out=1.0)
+    task, judge = evaluation.split(args)
     for each in {task: None, judge: None}:             # in this order, and once if they are one
         notes = evaluation.leave_out_too_long(each, tokenizer, policy, args.max_new_tokens)
         if rank() == 0 and notes:
@@ -588,6 +577,10 @@ def open_run(folder, args):
             if before.get(key) != now and key not in FREE:
                 raise ValueError(f"--resume goes on with the run's own flags, but {key} was "
                                  f"{before.get(key)} and is {now} now.")
+        for what, mark in before.get("files", {}).items():     # older runs have none
+            if args.files[what] != mark:
+                raise ValueError(f"--resume goes on with the run's own files, but {what} has "
+                                 "changed since it began.")
         for key in ("lr", "steps"):
             if before.get(key) != getattr(args, key):
                 falls = key == "steps" and args.schedule == "linear"
@@ -667,31 +660,27 @@ def save_checkpoint(folder, policy, optimizer, step, rng, generator):
 def load_checkpoint(folder, policy, optimizer, rng, generator):
     """Restore the newest whole checkpoint in place -> its step, 0 if the run was stopped before the
     first. A damaged one is named, and the one before it is used."""
-    from safetensors import safe_open
-    found = in_first(lambda: newest_whole(folder))     # (step, tensors), in the first process
-    step = int(gather(torch.tensor([found[0] if found else 0]))[0])
-    if step == 0:
+    facts, tensors = in_first(lambda: newest_whole(folder)) or (None, {})
+    facts, generators = from_first((facts, tensors.pop("generator", None)))
+    if facts is None:
         return 0
-    file = folder / f"{step:07d}.safetensors"
-    with safe_open(file, framework="pt") as opened:
-        facts, generators = opened.metadata(), opened.get_tensor("generator")
-        shapes = {name: opened.get_slice(f"weight.{name}").get_shape()
-                  for name, _ in policy.named_parameters() if f"weight.{name}" in opened.keys()}
-    if shapes != {name: list(w.shape) for name, w in policy.named_parameters()}:
-        raise ValueError(f"{file} is of another model than the one the run starts from now.")
-    tensors, weights, moments = found[1] if found else {}, {}, {}
+    weights, moments = {}, {}                          # empty in all but the first process
     for key, value in tensors.items():
         kind, _, name = key.partition(".")
         if kind == "weight":
             weights[name] = value
-        elif kind != "generator":
+        else:
             moments.setdefault(name, {})[kind] = value
-    # The first process hands out what it has read; the others hold their own shards only.
+    if from_first({name: w.shape for name, w in weights.items()}) != {
+            name: w.shape for name, w in policy.named_parameters()}:
+        raise ValueError(f"'{folder}' is of another model than the one the run starts from now.")
+    # The first process hands out what it has read; the others hold their own shards only. In two
+    # calls: set_state_dict would take the empty `weights` of the others for "no weights at all".
     scattered = StateDictOptions(full_state_dict=True, broadcast_from_rank0=world() > 1)
-    _, optimiser = get_state_dict(policy, optimizer, options=scattered)
+    optimiser = get_optimizer_state_dict(policy, optimizer)
     optimiser["state"] = moments
-    set_state_dict(policy, optimizer, model_state_dict=weights, optim_state_dict=optimiser,
-                   options=scattered)
+    set_model_state_dict(policy, weights, options=scattered)
+    set_optimizer_state_dict(policy, optimizer, optimiser, options=scattered)
     version, internal, gauss = json.loads(facts["rng"])
     rng.setstate((version, tuple(internal), gauss))
     if len(generators) == world():
@@ -699,11 +688,11 @@ def load_checkpoint(folder, policy, optimizer, rng, generator):
     elif rank() == 0:
         print(f"the run had {len(generators)} processes and has {world()} now: it goes on with "
               "other draws.")
-    return step
+    return int(facts["step"])
 
 
 def newest_whole(folder):
-    """(step, tensors) of the newest checkpoint that is not damaged; None if there is none yet."""
+    """(facts, tensors) of the newest checkpoint that is not damaged; None if there is none yet."""
     from safetensors import SafetensorError, safe_open
     damaged = []
     for file in sorted(folder.glob("*.safetensors"), reverse=True):
@@ -718,7 +707,7 @@ def newest_whole(folder):
             continue
         if damaged:
             print(f"{', '.join(damaged)}; going on from {file.name}.", file=sys.stderr)
-        return int(facts["step"]), tensors
+        return facts, tensors
     if damaged:
         raise ValueError(f"'{folder}' holds no usable checkpoint: {', '.join(damaged)}. Start anew "
                          "under another --name.")
@@ -744,23 +733,33 @@ def save_model(policy, tokenizer, path):
 
 def compare(base, folder, task, problems, args, device, dtype):
     """The table at the end: the base, this run, and every finished run beside it that was measured
-    alike, on the same held-out problems. What was measured before is read from eval.json."""
+    alike, on the same held-out problems. What was measured before is read from eval.json.
+
+    The processes share the problems out. Only the first has the run's folder; the others begin with
+    the base and are sent the weights."""
     setting = {key: getattr(args, key) for key in SETTING} | {
         "n": args.eval_samples, "temperature": args.eval_temperature}
     # Records are kept under a fingerprint of the weights that they are of: what has not changed is
     # not measured again, and what has changed is.
-    beside = measured_alike(folder.parent, setting, problems, evaluation.fingerprint(base))
+    beside = from_first(in_first(lambda: measured_alike(folder.parent, setting, problems,
+                                                        args.files["the base"])))
     models = {}
     for name, where in (("base", base), (args.name, folder / "model")):
-        known, mark = beside.pop(name, None), evaluation.fingerprint(where)
+        known, mark = beside.pop(name, None), from_first(evaluation.fingerprint(where))
         if known is None or known["fingerprint"] != mark:
-            policy, tokenizer = policy_module.load(where, device, dtype, args.stop)
+            policy, tokenizer = policy_module.load(where if rank() == 0 else base, device,
+                                                   dtype, args.stop)
+            for w in policy.parameters() if world() > 1 else []:
+                torch.distributed.broadcast(w.detach(), 0)
             generator = torch.Generator(policy.device).manual_seed(0)
             records = evaluation.evaluate(policy, tokenizer, task, problems, args.eval_samples,
                                           args.max_new_tokens, args.eval_temperature, generator,
                                           args.rows)
             known = {"fingerprint": mark, "loss": args.loss, "records": records}
+            del policy                                 # one model at a time
         models[name] = known
+    if rank() > 0:
+        return
     write_json(folder / "eval.json", {"setting": setting, "flags": vars(args), "models": models})
     shown = {"base": models["base"]} | beside | {args.name: models[args.name]}
     summaries = evaluation.summary({name: model["records"] for name, model in shown.items()})
@@ -848,6 +847,8 @@ def parse(argv):
     flag = parser.add_argument_group("the machine; less memory: the first two").add_argument
     flag("--micro-batch", type=int, default=0, help="rows in one forward and backward; 0: all")
     flag("--rows", type=int, default=1024, help="answers sampled at once")
+    flag("--checkpoint-activations", action="store_true",
+         help="keep a layer's input only and compute the rest again: long answers, a third slower")
     flag("--device", help="cuda, cpu or mps; without it, cuda where there is one")
 
     # Which loss it is decides which other flags there are.
@@ -918,6 +919,7 @@ def check_loss(args):
 def main(argv=None):
     """Run, and turn what a user can get wrong into one sentence and exit code 2."""
     try:
+        evaluation.any_character()
         on_signal(f"stopped before the first step; start again with: {command(argv)}")
         return run(parse(argv), argv)
     except KeyboardInterrupt as interrupt:             # from on_signal
@@ -930,11 +932,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    code = main()
-    # Threads of torch.distributed now and then abort a Python that shuts down, whereupon torchrun
-    # ends the other processes, at work or not: so there is no shutting down.
-    if torch.distributed.is_initialized():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+    evaluation.leave(main())
