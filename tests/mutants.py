@@ -224,15 +224,277 @@ LOSSES = [
 
 EVAL = [
     ("the biased plug-in estimate of Pass@k", ("return 1.0 - math.comb(n - c, k) / math.comb(n, k)",
-                                               "return 1.0 - (1 - c / n) ** k"), "-k pass_at_k"),
+                                               "return 1.0 - (1 - c / n) ** k"), "-k at_k_by_hand"),
+    ("Pass@k: all k correct", ("1.0 - math.comb(n - c, k) / math.comb(n, k)",
+                               "math.comb(c, k) / math.comb(n, k)"), "-k at_k_by_hand"),
+    ("Pass@k: c/n whatever k is", ("1.0 - math.comb(n - c, k) / math.comb(n, k)", "c / n"),
+     "-k at_k_by_hand"),
+    ("Pass@k in floats that overflow", ("math.comb(n - c, k) / math.comb(n, k)",
+     "float(math.comb(n - c, k)) / float(math.comb(n, k))"), "-k many_samples"),
+    ("k above n gives a number", ("if not 1 <= k <= n:", "if k < 1:"), "-k refuses"),
+    ("k of 0 gives a number", ("if not 1 <= k <= n:", "if k > n:"), "-k refuses"),
+    ("c below 0 gives a number", ("if not 0 <= c <= n:", "if c > n:"), "-k refuses"),
     ("sigma counts an answer as its own pair", ("same = sum(m * (m - 1) for m in forms.values())",
-                                                "same = sum(m * m for m in forms.values())"), "-k sigma"),
-    ("every model resampled on its own: unpaired gains", ("interval(x - values[first][name], picks)",
-     "interval(x - values[first][name][np.random.permutation(size)], picks)"), "-k paired"),
+                                                "same = sum(m * m for m in forms.values())"),
+     "-k sigma"),
+    ("sigma of one correct answer is 0, not missing", ("if c >= 2 else None", "if c >= 2 else 0.0"),
+     "-k sigma"),
+    ("wrong answers counted as distinct", ("[text][1] for text in correct)",
+                                           "[text][1] for text in texts)"), "-k record"),
+    ("distinct answers by their characters", ('"distinct": len(forms)',
+                                              '"distinct": len(set(correct))'), "-k record"),
+    ("as_text counts every sample", ('"as_text": len(set(correct))', '"as_text": len(correct)'),
+     "-k record"),
+    ("parsed means correct", ("judged[text][1] is not None for text in texts",
+                              "judged[text][0] for text in texts"), "-k record"),
+    ("any reward is correct", ("task.reward(problem, text) == 1.0",
+                               "task.reward(problem, text) >= 0.0"), "-k record"),
+    ("counts pooled over problems", ('[100 * pass_at_k(n, r["c"], k) for r in records]',
+     '[100 * pass_at_k(n * len(records), sum(r["c"] for r in records), k)] * len(records)'),
+     "-k averages"),
+    ("intervals of 50 %", ("[0.025, 0.975]", "[0.25, 0.75]"), "-k intervals"),
+    ("the gain with the wrong sign", ("interval(x - values[first][name], picks)",
+                                      "interval(values[first][name] - x, picks)"), "-k paired"),
+    ("every model resampled on its own: unpaired gains",
+     ("interval(x - values[first][name], picks)",
+      "interval(x - values[first][name][np.random.permutation(size)], picks)"), "-k paired"),
+    ("the last answers of a large group are not drawn",
+     ("range(0, n, answers_at_once)", "range(0, n - answers_at_once + 1, answers_at_once)"),
+     "-k evaluate_ends"),
+    ("answers given to another problem", ("answers[row // G].append(fact)",
+                                          "answers[row % len(batch)].append(fact)"),
+     "-k goes_to_its_problem"),
+]
+
+REWARDS = [
+    ("grouped from the right: 9-4-3 is 8",
+     ("        while tokens[-1] in ops:\n            node = join(tokens.pop(), node, part(depth))\n",
+      "        if tokens[-1] in ops:\n"
+      "            return join(tokens.pop(), node, chain(ops, part, depth))\n"), "-k parse_by_hand"),
+    ("* binds no more tightly than +", ('chain(("+", "-"), product, depth)',
+                                        'chain(("+", "-", "*", "/"), atom, depth)'),
+     "-k parse_by_hand"),
+    ("division drops the rest", ("return a * d, b * c, (op, x, y)",
+                                 "return (a * d) // (b * c or 1), 1, (op, x, y)"),
+     "-k parse_by_hand"),
+    ("floats in place of fractions", ("return a * d, b * c, (op, x, y)",
+                                      "return (a / b) / (c / d), 1, (op, x, y)"),
+     "-k parse_by_hand"),
+    ("left and right of - exchanged", ("a * d - c * b", "c * b - a * d"), "-k parse_by_hand"),
+    ("other characters are skipped", (r'not re.fullmatch(r"[-+*/() \t\r\n0-9]*", text)', "False"),
+     "-k no_expression"),
+    ("07 is a number", ('r"0|[1-9][0-9]*|', 'r"[0-9]+|'), "-k no_expression"),
+    ("what is left over is ignored", ('return node if tokens == ["end"] else None', "return node"),
+     "-k no_expression"),
+    ("a bracket may stay open", ("""        if tokens.pop() != ")":
+            raise ValueError("not closed")
+""", """        if tokens[-1] == ")":
+            tokens.pop()
+"""), "-k no_expression"),
+    ("no cap on depth", (" or depth == MAX_DEPTH", ""), "-k parse_is_bounded"),
+    ("29 brackets are too many", ("MAX_DEPTH = 30", "MAX_DEPTH = 29"), "-k thirty_brackets"),
+    ("no cap on length", ("len(text) > MAX_ANSWER or ", ""), "-k parse_is_bounded"),
+    ("numbers compared as sets", ("used == sorted(numbers)", "set(used) == set(numbers)"),
+     "-k reward_by_hand"),
+    ("numbers in the order of the prompt", (
+        'sorted(int(digits) for digits in re.findall("[0-9]+", answer))\n    return float(used == '
+        "sorted(numbers)", '[int(digits) for digits in re.findall("[0-9]+", answer)]\n'
+        "    return float(used == list(numbers)"), "-k reward_by_hand"),
+    ("any numbers will do", ("used == sorted(numbers) and ", ""), "-k reward_by_hand"),
+    ("the value is not looked at", (" and numerator == target * denominator", ""),
+     "-k reward_by_hand"),
+    ("a tolerance", ("numerator == target * denominator)",
+                     "abs(numerator - target * denominator) <= 1e-6 * denominator)"),
+     "-k reward_by_hand"),
+    ("0/0 meets a target of 0", (" and denominator != 0", ""), "-k reward_by_hand"),
+    ("1/(1/0) is 0", ("    if c == 0:  # without this line 1/(1/0) would be 0\n"
+                      "        return 0, 0, (op, x, y)\n", ""), "-k exact_arithmetic"),
+    ("the first answer tag is read", ('return last.partition("</answer>")[0]',
+     'return text.partition("<answer>")[2].partition("</answer>")[0]'), "-k answer_tags"),
+    ("an open answer tag counts", (' or last.count("</answer>") != 1', ""), "-k answer_tags"),
+    ("a-(b-c) is another answer than a-b+c", ("inverse != (op == ops[1])", "op == ops[1]"),
+     "-k canonical_identifies"),
+    ("a needed bracket is left out", ('WRAP_RIGHT = {"+": "", "-": "+-"',
+                                      'WRAP_RIGHT = {"+": "", "-": ""'), "-k generated_examples"),
+    ("held-out problems are trained on", (" and self.is_held_out(problem) == held_out", ""),
+     "-k generated_examples"),
+]
+
+POLICY = [
+    ("rotary pairs of neighbours", ("a, b = x.chunk(2, dim=-1)",
+                                    "a, b = x[..., ::2], x[..., 1::2]"), "-k rotate_by_hand"),
+    ("rotary angles with the wrong sign", ("a * cos - b * sin, b * cos + a * sin",
+                                           "a * cos + b * sin, b * cos - a * sin"),
+     "-k rotate_by_hand"),
+    ("no causality", ("ok = (key <= query)[None, None]", "ok = (key <= S)[None, None]"),
+     "-k who_sees"),
+    ("a window off by one", ("key > query - window", "key >= query - window"), "-k who_sees"),
+    ("padding is read", ("ok = ok & mask.bool()[:, None, None, :]", "pass"), "-k who_sees"),
+    ("a padded query reads nothing", ("return ok | (key == query)", "return ok"), "-k who_sees"),
+    ("queries are the first positions", ("query = torch.arange(S - T, S, device=device)[:, None]",
+                                         "query = torch.arange(T, device=device)[:, None]"),
+     "-k who_sees"),
+    ("None for a window, too", ("(window is None or window >= S) and T in (1, S)", "T in (1, S)"),
+     "-k who_sees"),
+    ("new keys in front of old ones", ("torch.cat([self.keys[layer], k], dim=2)",
+                                       "torch.cat([k, self.keys[layer]], dim=2)"),
+     "-k cache_grows"),
+    ("the cache forgets old values", ("torch.cat([self.values[layer], v], dim=2)", "v"),
+     "-k cache_grows"),
+    ("no gradient through the cache", ("torch.cat([self.keys[layer], k], dim=2)",
+                                       "torch.cat([self.keys[layer], k], dim=2).detach()"),
+     "-k cache_keeps"),
+    ("keys without positions", ("rotate(k, *rope).transpose(1, 2)", "k.transpose(1, 2)"),
+     "-k attention_by_loops"),
+    ("keys cached before they are rotated: only new ones are",
+     ("            k, v = cache.update(layer, k, v) ",
+      "            k, v = cache.update(layer, self.k_proj(x).unflatten(-1, by_head)"
+      ".transpose(1, 2), v) "), "-k attention_by_loops"),
+    ("attention looks ahead", ("causal = attend is None and x.shape[1] > 1", "causal = False"),
+     "-k attention_by_loops"),
+    ("one new token sees the first key alone", ("causal = attend is None and x.shape[1] > 1",
+                                                "causal = attend is None"),
+     "-k attention_by_loops"),
+    ("positions of new tokens start at 0 again",
+     ("positions = torch.arange(S - T, S, device=tokens.device) ",
+      "positions = torch.arange(T, device=tokens.device) "), "-k without_padding"),
+    ("another eps in the norm", ("x.shape[-1:], eps=self.eps)", "x.shape[-1:], eps=1e-2)"),
+     "-k logits and llama and not rope and not biases"),
+    ("gate and up exchanged", ("F.silu(self.gate_proj(x)) * self.up_proj(x)",
+                               "F.silu(self.up_proj(x)) * self.gate_proj(x)"),
+     "-k logits and llama and not rope and not biases"),
+    ("Qwen2 without its biases", ('all_bias or config.model_type == "qwen2"', "all_bias"),
+     "-k logits and qwen2 and not window"),
+    ("Qwen3 without its norms", ('if hasattr(self, "q_norm"):', "if False:"),
+     "-k logits and qwen3"),
+    ("the window in every layer", ('[window if kind == "sliding_attention" else None for kind in '
+                                   "kinds]", "[window for kind in kinds]"),
+     "-k logits and ministral"),
+    ("the temperature missing", ("TokenLogprobs.apply(hidden, weight, targets, temperature, ",
+                                 "TokenLogprobs.apply(hidden, weight, targets, 1.0, "),
+     "-k logprobs and by_hand"),
+    ("a target read in the wrong tile", ("torch.where(inside, x.gather(1, column)[:, 0], "
+                                         "chosen[rows])", "x.gather(1, column)[:, 0]"),
+     "-k tiles_give"),
+    ("entropies of tiles simply mixed", ("(more_entropy + b)", "more_entropy"), "-k tiles_give"),
+    ("the last tile left out", ("for i in range(0, V, width)])",
+                                "for i in range(0, V - width + 1, width)])"), "-k tiles_give"),
+    ("the entropy's gradient dropped", ("None if e is None else e[rows], h.dtype)", "None, h.dtype)"),
+     "-k gradient_of_the_tiles"),
+    ("the head's gradient without temperature",
+     ("add_product(dw[part], dx.T, h[rows], ctx.temperature)",
+      "add_product(dw[part], dx.T, h[rows], 1.0)"), "-k gradient_of_the_tiles"),
+    ("kept tiles in the wrong order", ("ctx.kept[::-1], []", "ctx.kept, []"),
+     "-k gradient_of_the_tiles"),
+    ("tiles overwritten and read again", ("kept, ctx.kept = ctx.kept[::-1], []",
+                                          "kept = ctx.kept[::-1]"), "-k second_backward"),
+]
+
+SAMPLE = [
+    ("the stop token left out of the mask", ("torch.where(stopped, count + 1, ",
+                                             "torch.where(stopped, count.clamp(min=1), "),
+     "-k answer_ends_is_named"),
+    ("the temperature missing", ("self.head), temperature)", "self.head), 1.0)"),
+     "-k recorded_is_named"),
+    ("the likeliest token's log-probability recorded", ("all_logp.gather(1, token[:, None])[:, 0]",
+                                                        "all_logp.amax(1)"),
+     "-k recorded_is_named"),
+    ("probabilities recorded", ("all_logp.gather(1, token[:, None])[:, 0]",
+                                "all_logp.gather(1, token[:, None])[:, 0].exp()"),
+     "-k recorded_is_named"),
+    ("attention scores not scaled", ("alpha=size ** -0.5", "alpha=1.0"), "-k recorded_is_named"),
+    ("the cache shifted by one", ("keys.index_copy_(1, self.slot, ",
+                                  "keys.index_copy_(1, self.slot - 1, "), "-k recorded_is_named"),
+    ("padding counted as positions", ("position = self.slot - self.padding ",
+                                      "position = self.slot - 0 * self.padding "),
+     "-k recorded_is_named"),
+    ("padding is read", ("seen = F.pad(mask, (0, room), value=False)",
+                         "seen = F.pad(torch.ones_like(mask), (0, room), value=False)"),
+     "-k recorded_is_named"),
+    ("groups interleaved", ("device=device).repeat_interleave(group_size)    # (B,)",
+                            "device=device).repeat(group_size)    # (B,)"), "-k neighbours"),
+    ("greedy decoding", ("token = draw(all_logp.exp(), self.uniform[rows, count]) ",
+                         "token = all_logp.argmax(-1) "), "-k seeds_and_rows"),
+    ("one chance for all rows", ("torch.rand(B, room, generator=generator, device=device)",
+     "torch.rand(1, room, generator=generator, device=device).repeat(B, 1)"), "-k seeds_and_rows"),
+    ("the generator is not used", ("torch.rand(B, room, generator=generator, device=device)",
+                                   "torch.rand(B, room, device=device)"), "-k seeds_and_rows"),
+    ("tokens drawn from a sharpened softmax", ("draw(all_logp.exp(), ", "draw((2 * all_logp).exp(), "),
+     "-k draws_follow"),
+    ("a token of probability 0 is drawn", ("right=True)[:, 0]", "right=False)[:, 0]"),
+     "-k impossible_token"),
+    ("the last cumulated value taken for 1", ("uniform[:, None] * cumulated[:, -1:]",
+                                              "uniform[:, None]"), "-k impossible_token"),
+    ("the stop token is part of the text", ("shown = (length - finished.long()).tolist()",
+                                            "shown = length.tolist()"), "-k stops_at_once"),
+    ("as wide as the budget", ("T = int(length.max())", "T = max_new_tokens"), "-k stops_at_once"),
+    ("every answer is finished", ("finished = torch.isin(response.gather(1, length[:, None] - 1)"
+                                  "[:, 0], stop_ids)", "finished = length > 0"), "-k answer_ends"),
+    ("special tokens hidden from the verifier", ("skip_special_tokens=False",
+                                                 "skip_special_tokens=True"), "-k is_hidden"),
+    ("a prompt that does not fit is begun", ("if P + max_new_tokens > context:",
+                                             "if P > context:"), "-k does_not_fit"),
+    ("a prompt begins twice", ("add_special_tokens=not begun", "add_special_tokens=True"),
+     "-k begins_once"),
+    ("joined prompts padded on the right", ("F.pad(x, (P - x.shape[1], 0), value=value)",
+                                            "F.pad(x, (0, P - x.shape[1]), value=value)"),
+     "-k joined"),
+    ("texts of other rows taken", ("texts=[rollout.texts[row] for row in rows.tolist()]",
+                                   "texts=rollout.texts[:len(rows)]"), "-k joined"),
+]
+
+TRAIN = [
+    ("the gradient averaged over chunks", ("[1]] * world() for g in gradients]",
+                                           "[1]] * world() / len(chunks) for g in gradients]"),
+     "-k whole_batch_is_named and 4"),
+    ("the entropy's gradient dropped",
+     ("torch.autograd.grad(loss, [logp, entropy], allow_unused=True)",
+      "[*torch.autograd.grad(loss, [logp], allow_unused=True), None]"),
+     "-k whole_batch_is_named and 4"),
+    ("no temperature in the second forward pass",
+     ("else score(policy, rollout, chunk, group_size, temperature)",
+      "else score(policy, rollout, chunk, group_size, 1.0)"), "-k whole_batch_is_named and 4"),
+    ("no temperature in the score",
+     ("scored = [score(policy, rollout, chunk, group_size, temperature)",
+      "scored = [score(policy, rollout, chunk, group_size, 1.0)"), "-k whole_batch_is_named and 4"),
+    ("the last chunk alone", ("        outputs = scored[i] if one_chunk",
+                              "        optimizer.zero_grad()\n        outputs = scored[i] if "
+                              "one_chunk"), "-k whole_batch_is_named and 4"),
+    ("another chunk's rows of the gradient", ("[(out, g[chunk]) for out, g",
+                                              "[(out, g[:len(chunk)]) for out, g"),
+     "-k whole_batch_is_named and 4"),
+    ("uphill", ("[(out, g[chunk]) for out, g", "[(out, -g[chunk]) for out, g"), "-k downhill"),
+    ("the gradient of the step before still in it",
+     ("    optimizer.zero_grad()\n    for i, chunk", "    for i, chunk"), "-k downhill"),
+    ("no step", ("        optimizer.step()\n    return stats", "        pass\n    return stats"),
+     "-k downhill"),
+    ("old_logp ignored", ("old_logp = logp if old_logp is None else gather(old_logp)",
+                          "old_logp = logp"), "-k old_log_probabilities_are_used"),
+    ("the reference ignored", ("ref_logp = None if ref_logp is None else gather(ref_logp)",
+                               "ref_logp = None"), "-k reference_reaches"),
+    ("a NaN reaches the weights",
+     ('stats["bad"] = not (math.isfinite(norm) and math.isfinite(stats["loss"]))',
+      'stats["bad"] = False'), "-k nan_never"),
+    ("the gradient is not clipped", ("(policy.parameters(), grad_clip)",
+                                     "(policy.parameters(), 1e9)"), "-k clipped_and"),
+    ("the stop token is not trained", ("torch.ones(len(line), dtype=torch.bool) for line",
+                                       "torch.arange(len(line)) < len(line) - 1 for line"),
+     "-k stop_token_is_trained"),
+    ("the first step has rate 0", ("rise = step / warmup", "rise = (step - 1) / warmup"),
+     "-k falls_by_hand"),
+    ("the last step has rate 0", ("fall = (args.steps + 1 - step) /",
+                                  "fall = (args.steps - step) /"), "-k falls_by_hand"),
+    ("Muon without looking ahead", ("orthogonal(w.grad.lerp(momentum, 0.95))",
+                                    "orthogonal(momentum)"), "-k step_of_muon and 64"),
+    ("all-right groups pass dynamic sampling", ("mixed = (accuracy > 0) & (accuracy < 1)",
+                                                "mixed = accuracy > 0"), "-k dynamic_sampling"),
+    ("dynamic sampling keeps equal groups", ("chosen = chosen[mixed[chosen]]", "pass"),
+     "-k dynamic_sampling"),
 ]
 
 # file: [(what is wrong, (text, replacement) or a list of them, options of pytest: which tests to ask; "" is all), ...]
-MUTANTS = {"losses.py": LOSSES, "eval.py": EVAL}
+MUTANTS = {"losses.py": LOSSES, "eval.py": EVAL, "rewards.py": REWARDS, "policy.py": POLICY,
+           "sample.py": SAMPLE, "train.py": TRAIN}
 
 
 class Recorder:
@@ -283,6 +545,13 @@ def copy_repo(folder):
         shutil.copy(file, folder / file.relative_to(REPO))
 
 
+def all_asked(asks):
+    """The tests that any of the mutants asks."""
+    if not all(ask.startswith("-k ") for ask in asks):
+        return ""
+    return "-k " + " or ".join(f"({ask[3:]})" for ask in dict.fromkeys(asks))
+
+
 def mutate(file, edits):
     source = (REPO / file).read_text()
     for old, new in [edits] if isinstance(edits, tuple) else edits:
@@ -297,7 +566,8 @@ def main(words):
     wanted = " ".join(word for word in words if word not in TESTS)
     chosen = [(file, *mutant) for file in files for mutant in MUTANTS.get(file, []) if wanted in mutant[0]]
     # First, the files as they are must pass their tests; else every mutant would seem to be killed.
-    graded = [(file, "as it is", [], "") for file in dict.fromkeys(file for file, *_ in chosen)] + chosen
+    graded = [(file, "as it is", [], all_asked([ask for name, _, _, ask in chosen if name == file]))
+              for file in dict.fromkeys(file for file, *_ in chosen)] + chosen
     began, survivors = time.time(), []
     torch.set_num_threads(1)
     import_packages(dict.fromkeys(file for file, *_ in chosen))

@@ -6,6 +6,7 @@ gains, wrong or unparsable answers counted as distinct, diversity with self-pair
 import itertools
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,8 +15,12 @@ import torch
 import eval as evaluation
 import policy as policy_module
 from rewards import Countdown, Problem
+from test_losses import check, claim
+
+core, care = pytest.mark.core, pytest.mark.care       # with the function that a test grades
 
 
+@core("pass_at_k")
 @pytest.mark.parametrize("n", [1, 2, 5, 8])
 def test_pass_at_k_is_the_share_of_subsets_with_a_correct_answer(n):
     for c, k in itertools.product(range(n + 1), range(1, n + 1)):
@@ -163,3 +168,66 @@ def test_a_fingerprint_tells_files_and_models_apart(tmp_path):
     one, same, other = (evaluation.fingerprint(tmp_path / name) for name in ("one", "same", "other"))
     assert one == same != other
     assert evaluation.fingerprint("owner/model") == "owner/model", "what is no path here stands for itself"
+
+
+# --------------------------------------------- for those who write the estimator themselves: failures that know the mistake
+
+@core("pass_at_k")
+@pytest.mark.parametrize("n, c, k, right", [(10, 3, 5, 1 - 21 / 252), (4, 1, 2, 0.5), (10, 3, 1, 0.3), (8, 6, 4, 1),
+                                            (8, 1, 4, 0.5), (5, 0, 3, 0), (5, 5, 2, 1), (6, 2, 6, 1)])
+def test_pass_at_k_by_hand(n, c, k, right):
+    bugs = {"the plug-in 1 - (1 - c/n)^k, which is biased": 1 - (1 - c / n) ** k, "k times c/n": k * c / n,
+            "the chance that all k are correct": math.comb(c, k) / math.comb(n, k),
+            "the chance that none of the k is correct": 1 - right,
+            "the chance that exactly one of the k is correct": c * math.comb(n - c, k - 1) / math.comb(n, k),
+            "c/n whatever k is": c / n, "n and k exchanged in C(n, k)": 1 - math.comb(n - c, k)}
+    check(f"pass_at_k({n}, {c}, {k})", evaluation.pass_at_k(n, c, k), right, bugs=bugs)
+
+
+@care("pass_at_k")
+@pytest.mark.parametrize("n, c, k, why", [(4, 1, 5, "k is larger than n, and no unbiased estimate exists"),
+                                          (4, 5, 1, "5 correct among 4 samples"), (4, 1, 0, "k is 0"),
+                                          (4, -1, 1, "c is negative")])
+def test_pass_at_k_refuses_what_cannot_be(n, c, k, why):
+    try:
+        got = evaluation.pass_at_k(n, c, k)
+    except ValueError:
+        return
+    claim(False, f"pass_at_k({n}, {c}, {k}) must raise ValueError, for {why}; it gave {got}")
+
+
+@care("pass_at_k")
+def test_pass_at_k_of_many_samples():
+    """C(100000, 1000) has 2,430 digits: integers of Python or a product can do it, floats cannot."""
+    product = 1.0
+    for i in range(100000 - 300 + 1, 100001):
+        product *= 1 - 1000 / i
+    try:
+        got = evaluation.pass_at_k(100000, 300, 1000)
+    except OverflowError:
+        got = float("nan")
+    check("pass_at_k(100000, 300, 1000)", got, 1 - product)
+
+
+@care("pass_at_k")
+def test_pass_at_k_is_a_float():
+    got = evaluation.pass_at_k(8, 8, 2)
+    claim(isinstance(got, float), f"pass_at_k must return a float, not {type(got).__name__}")
+
+
+def test_an_answer_goes_to_its_problem(monkeypatch):
+    """A sampler that repeats its prompt: each problem must be judged on what was said to it, for any batching."""
+    def echo(policy, tokenizer, prompts, G, *rest):
+        texts = [prompt for prompt in prompts for _ in range(G)]
+        mask = torch.ones(len(texts), 3, dtype=torch.bool)
+        return SimpleNamespace(texts=texts, mask=mask, logp=-mask.float(), finished=mask[:, 0])
+
+    task = Countdown(counts=(2,))
+    problems, heard = task.held_out_problems(3), []
+    monkeypatch.setattr(evaluation, "sample", echo)
+    monkeypatch.setattr(evaluation, "record", lambda task, problem, answers: heard.append((problem, answers)))
+    for rows in (2, 6, 100):
+        heard.clear()
+        evaluation.evaluate(None, SimpleNamespace(chat_template=None), task, problems, 4, 9, rows=rows)
+        right = [(problem, [(task.prompt(problem), 3, 3.0, True)] * 4) for problem in problems]
+        claim(heard == right, f"rows={rows}: answers were judged against another problem, or some are missing")

@@ -4,6 +4,7 @@ Bugs killed here: temperature left out of a gradient or applied twice, entropy o
 in another tile, last tile cut, -inf - -inf in the first tile, tiles overwritten and then read again, gradient of an unused
 output made up, bf16 logits, gradient rounded to bf16 on its way to fp32 weights, a kept (N, V) array beyond the budget.
 """
+import math
 import os
 import subprocess
 import sys
@@ -15,6 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import policy
 from policy import token_logprobs
+from test_losses import check, claim
+
+core, care = pytest.mark.core, pytest.mark.care       # with the function that a test grades
 
 SHAPES = [(1, 3, 2), (1, 8, 97), (5, 7, 1), (37, 16, 101), (64, 5, 30), (130, 12, 1009), (3, 4, 24)]     # (N, D, V)
 
@@ -37,6 +41,7 @@ def small_tiles(monkeypatch, keep, rows=16):
         monkeypatch.setitem(policy.MEMORY, device, policy.Memory(1 << 30 if keep else 0, rows * rows * 4, rows))
 
 
+@core("token_logprobs")
 @pytest.mark.parametrize("tiles", ["one tile", "kept", "computed again"])
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
 @pytest.mark.parametrize("N, D, V", SHAPES)
@@ -63,6 +68,7 @@ def test_gradcheck(monkeypatch):
     assert torch.autograd.gradcheck(lambda h, w: token_logprobs(h, w, targets, 0.7), (hidden, weight))
 
 
+@care("token_logprobs")
 @pytest.mark.parametrize("keep", [True, False])
 def test_fp32_against_float64(keep, device, monkeypatch):
     """On a GPU this is the one test of the kernels as they are compiled; both outputs, parts of the vocabulary joined."""
@@ -80,6 +86,7 @@ def test_fp32_against_float64(keep, device, monkeypatch):
             assert torch.allclose(a.double().cpu(), b, rtol=tolerance, atol=tolerance), f"off by {(a.cpu() - b).abs().max():.1e}"
 
 
+@care("token_logprobs")
 def test_large_and_peaked_logits():
     """Logits of +-300 and a distribution on one token: finite, and an entropy near 0 that is not a rounding error."""
     weight = torch.eye(4) * 300
@@ -92,6 +99,7 @@ def test_large_and_peaked_logits():
     assert hidden.grad.isfinite().all()
 
 
+@care("token_logprobs")
 def test_bf16_hidden_with_fp32_weight(device):
     """Only the inputs are rounded: results are fp32, and the gradient reaches the fp32 weight, on a CPU unrounded. A GPU
     reads the weight as bf16, too, and its gradient in the logits is bf16."""
@@ -109,6 +117,7 @@ def test_bf16_hidden_with_fp32_weight(device):
     assert error < (1e-5 if device == "cpu" else 1e-2 * wanted.abs().max()), f"the weight's gradient was rounded: off by {error:.1e}"
 
 
+@care("token_logprobs")
 def test_shape_and_no_token():
     hidden, weight, targets, *_ = inputs(12, 4, 9)
     flat = token_logprobs(hidden, weight, targets)
@@ -120,6 +129,7 @@ def test_shape_and_no_token():
     assert weight.grad.abs().sum() == 0
 
 
+@care("token_logprobs")
 @pytest.mark.parametrize("keep", [True, False])
 def test_inputs_are_not_written_and_backward_repeats(keep, monkeypatch):
     small_tiles(monkeypatch, keep)
@@ -163,6 +173,7 @@ def test_only_the_needed_products():
     assert count(hidden, weight, targets, True).products == 3
 
 
+@care("token_logprobs")
 def test_frozen_head_gets_no_gradient():
     hidden, weight, targets, g, _ = inputs(20, 4, 30)
     (token_logprobs(hidden, weight.detach(), targets)[0] * g).sum().backward()
@@ -225,3 +236,115 @@ def test_triton_kernels_in_the_interpreter():
     done = subprocess.run([sys.executable, "-c", TRITON], capture_output=True, text=True,
                           cwd=Path(policy.__file__).parent, env=os.environ | {"TRITON_INTERPRET": "1"})
     assert done.returncode == 0, done.stderr
+
+
+# -------------------------------------- for those who write the log-probabilities themselves: failures that know the mistake
+
+@core("token_logprobs")
+@pytest.mark.parametrize("temperature", [0.5, 1.0])
+def test_by_hand(temperature):
+    """Logits log 1, log 2, log 5 at temperature 1: probabilities 1/8, 2/8, 5/8; at .5 they are 1/30, 4/30, 25/30."""
+    z = torch.tensor([1., 2, 5], dtype=torch.float64).log()
+    hidden, weight, targets = torch.ones(3, 1, dtype=torch.float64), z[:, None], torch.arange(3)
+    p = torch.tensor([1., 2, 5] if temperature == 1 else [1., 4, 25], dtype=torch.float64)
+    p, plain, hot = p / p.sum(), z.log_softmax(0), (z * temperature).log_softmax(0)
+    logp, entropy = token_logprobs(hidden, weight, targets, temperature)
+    check(f"log-probabilities of the three tokens, temperature {temperature}", logp, p.log(), bugs={
+        "the temperature missing": plain, "log-probabilities divided by the temperature, not logits": plain / temperature,
+        "logits multiplied by the temperature": hot, "probabilities, not their logarithms": p, "the sign": -p.log(),
+        "logits that are not normalised": z / temperature, "another token's column": p.log().roll(-1)})
+    right = -(p * p.log()).sum().expand(3)
+    check(f"entropy, temperature {temperature}", entropy, right, bugs={
+        "the temperature missing": -(plain.exp() * plain).sum().expand(3), "the sign": -right, "bits in place of nats": right / math.log(2),
+        "-log p of the token, which is no entropy": -p.log(), "a mean over the vocabulary in place of the sum": right / 3})
+
+
+def apply(hidden, weight, targets, temperature=0.7, keep=False):
+    return policy.TokenLogprobs.apply(hidden, weight, targets, temperature, keep)
+
+
+@core("TokenLogprobs.forward")
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+@pytest.mark.parametrize("N, D, V", [(37, 16, 101), (5, 7, 16), (130, 12, 1009)])
+def test_tiles_give_the_definition(N, D, V, temperature, monkeypatch):
+    """Tiles of 16 x 16: targets lie in all of them, and the last tile is not a full one."""
+    small_tiles(monkeypatch, keep=False)
+    hidden, weight, targets, *_ = inputs(N, D, V)
+    with torch.no_grad():
+        (logp, entropy), (right, right_entropy) = apply(hidden, weight, targets, temperature), definition(hidden, weight, targets, temperature)
+        plain, plain_entropy = definition(hidden, weight, targets, 1.0)
+        whole = V // 16 * 16 or V
+        cut = definition(hidden, weight[:whole], targets.clamp(max=whole - 1), temperature)
+        check("log-probabilities, tile by tile", logp, right, bugs={"the temperature missing": plain,
+              "logits that are not normalised": (hidden * weight[targets]).sum(1) / temperature})
+        check("entropies, tile by tile", entropy, right_entropy, bugs={"the temperature missing": plain_entropy,
+              "the last tile, which is not a full one, left out": cut[1], "the sign": -right_entropy,
+              "the entropy of the last tile for that of the row": definition(hidden, weight[(V - 1) // 16 * 16:], targets * 0, temperature)[1]})
+
+
+@core("TokenLogprobs.backward")
+@pytest.mark.parametrize("keep", [False, True], ids=["computed again", "kept"])
+@pytest.mark.parametrize("used", ["log-probability", "entropy", "both"])
+def test_gradient_of_the_tiles(used, keep, monkeypatch):
+    """d loss / d hidden and d weight against autograd through the two lines, in float64."""
+    small_tiles(monkeypatch, keep)
+    hidden, weight, targets, g, e = inputs(37, 6, 53)
+    g, e = g * (used != "entropy"), e * (used != "log-probability")
+    parts = {"log-probability": [0], "entropy": [1], "both": [0, 1]}[used]
+
+    def slopes(pair, upstream=(g, e)):
+        return torch.autograd.grad([pair[i] for i in parts], [hidden, weight], [upstream[i] for i in parts], retain_graph=True)
+
+    ours, naive = slopes(apply(hidden, weight, targets, 0.7, keep)), definition(hidden, weight, targets, 0.7)
+    ones = torch.ones_like(g)
+    for i, what in enumerate(("hidden", "weight")):
+        right = slopes(naive)[i]
+        bugs = {"the temperature left out": right * 0.7, "the temperature divided by twice": right / 0.7, "the sign": -right,
+                "upstream gradients that are not looked at": slopes(naive, (ones, ones))[i],
+                "the entropy's gradient dropped": slopes(naive, (g, 0 * e))[i], "the entropy's gradient with the wrong sign": slopes(naive, (g, -e))[i],
+                "no onehot: only -P": None}
+        p = (hidden @ weight.T / 0.7).softmax(1) * g[:, None] / 0.7
+        bugs["no onehot: only -P"] = slopes(naive, (0 * g, e))[i] - (p @ weight if i == 0 else p.T @ hidden) if used != "entropy" else -right
+        check(f"d {used} / d {what}", ours[i], right, bugs=bugs)
+
+
+@care("TokenLogprobs.forward")
+def test_no_tile_is_larger_than_stated(monkeypatch):
+    hidden, weight, targets, *_ = inputs(512, 2, 3001, torch.float32)
+    counter = Counter()
+    with counter, torch.no_grad():
+        apply(hidden, weight, targets)
+    claim(counter.largest <= policy.MEMORY["cpu"].tile,
+          f"an array of {counter.largest:,} bytes was made: the logits must come in tiles of {policy.MEMORY['cpu'].tile:,}")
+
+
+@care("TokenLogprobs.forward")
+def test_large_logits_in_tiles(monkeypatch):
+    """Logits of +-300: exp of them overflows, and the first tile has no log-sum-exp before it."""
+    small_tiles(monkeypatch, keep=False, rows=2)
+    weight, targets = torch.eye(4) * 300, torch.tensor([0, 1, 3])
+    hidden = torch.tensor([[1.0, 0, 0, 0], [-1, -1, -1, -1], [0.1, 0.08, 0, 0]])
+    with torch.no_grad():
+        ours, exact = apply(hidden, weight, targets, 1.0), definition(hidden.double(), weight.double(), targets, 1.0)
+    for x, right, what in zip(ours, exact, ("log-probability", "entropy")):
+        check(f"{what} for logits of +-300", x, right, 1e-4)
+
+
+@care("TokenLogprobs.backward")
+@pytest.mark.parametrize("keep", [True, False], ids=["kept", "computed again"])
+def test_a_second_backward_is_the_first(keep, monkeypatch):
+    small_tiles(monkeypatch, keep)
+    hidden, weight, targets, g, e = inputs(40, 6, 50)
+    before = [x.detach().clone() for x in (hidden, weight, g, e)]
+    results = apply(hidden, weight, targets, 1.3, keep)
+    first, second = (torch.autograd.grad(results, (hidden, weight), (g, e), retain_graph=True) for _ in range(2))
+    check("the gradient of a second backward (tiles that were overwritten?)", second[0], first[0])
+    claim(all(torch.equal(a, b) for a, b in zip(before, (hidden, weight, g, e))), "backward wrote into its inputs")
+
+
+@care("TokenLogprobs.backward")
+def test_a_frozen_head_costs_nothing():
+    hidden, weight, targets, g, _ = inputs(20, 4, 30)
+    (apply(hidden, weight.detach(), targets)[0] * g).sum().backward()
+    wanted, = torch.autograd.grad((definition(hidden, weight, targets, 0.7)[0] * g).sum(), hidden)
+    check("d log-probability / d hidden with a frozen head", hidden.grad, wanted)

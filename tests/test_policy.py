@@ -17,6 +17,9 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Mini
 
 import policy as policy_module
 from sample import sample
+from test_losses import check, claim
+
+core, care = pytest.mark.core, pytest.mark.care       # with the function that a test grades
 
 SIZES = dict(vocab_size=53, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
              num_key_value_heads=2, max_position_embeddings=128)
@@ -56,6 +59,7 @@ def close(ours, theirs, message):
     assert error < 2e-5, f"{message}: off by {error:.1e} of the largest value"
 
 
+@core("Attention.forward")
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_equal_transformers(name):
     """A left-padded batch; compared on real tokens only."""
@@ -69,6 +73,7 @@ def test_logits_equal_transformers(name):
         close(alone[0], right[2, 7:], f"{name}: a row without its padding")
 
 
+@core("Attention.forward")
 @pytest.mark.parametrize("name", CONFIGS)
 def test_cached_decode_is_the_full_forward(name):
     """Three tokens read, then one, four, and the rest."""
@@ -95,6 +100,7 @@ def test_greedy_text_equals_generate(name):
     assert torch.equal(tokens, right), f"{name}: greedy text differs"
 
 
+@care("Attention.forward")
 @pytest.mark.parametrize("name", ["llama, llama3 rope, tied", "qwen3", "ministral"])
 def test_gradients_equal_transformers(name):
     """Of the log-probability of the next tokens; a tied head adds to the gradient of the embedding."""
@@ -108,6 +114,7 @@ def test_gradients_equal_transformers(name):
         close(mine.grad, right[weight].grad, f"{name}: gradient of {weight}")
 
 
+@care("Attention.forward")
 def test_bf16_lives_in_activations_only():
     """Parameters stay fp32, so a step of 1e-6 moves them; the log-probabilities move by bf16's two to three digits."""
     _, ours = pair(CONFIGS["qwen3"])
@@ -442,3 +449,165 @@ def test_tiny_is_about_a_million_parameters_and_reads_every_character():
     assert 5e5 < sum(w.numel() for w in policy.parameters()) < 2e6
     text = "4 7 2 9,24=(9-7)*4/2+1"
     assert tokenizer.decode(tokenizer(text).input_ids) == text and len(tokenizer(text).input_ids) == len(text)
+
+
+# ----------------------------------------------- for those who write attention themselves: failures that know the mistake
+
+@core("rotate")
+def test_rotate_by_hand():
+    """x = (1, 2, 3, 4): the pairs are (1, 3) and (2, 4). A quarter turn for the first, none for the second: -3, 2, 1, 4."""
+    x = torch.tensor([1., 2, 3, 4]).view(1, 1, 1, 4)
+    cos, sin = torch.tensor([[[0., 1]]]), torch.tensor([[[1., 0]]])
+    check("rotate((1, 2, 3, 4)), the first pair by a quarter turn", policy_module.rotate(x, cos, sin).flatten(), [-3, 2, 1, 4],
+          bugs={"the other sense of rotation: a sign of the sine": [3, 2, -1, 4],
+                "pairs of neighbours (x_0, x_1), where they are (x_i, x_{i + head_dim/2})": [-2, 1, 3, 4],
+                "cos and sin exchanged": [1, -4, 3, 2], "no rotation at all": [1, 2, 3, 4]})
+
+
+@core("rotate")
+def test_only_the_distance_counts():
+    """q at position m and k at n: their product depends on m - n alone, and lengths stay."""
+    q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def at(x, position):
+        angles = position * torch.tensor([1., .3, .1, .02], dtype=torch.float64).view(1, 1, 4)
+        return policy_module.rotate(x, angles.cos(), angles.sin())
+
+    check("q at 7 times k at 4, against q at 3 times k at 0", (at(q, 7) * at(k, 4)).sum(), (at(q, 3) * at(k, 0)).sum())
+    check("the length of a rotated vector", at(q, 7).norm(), q.norm())
+
+
+@care("rotate")
+def test_rotate_keeps_shape_and_dtype():
+    x, angles = torch.randn(2, 3, 4, 6), torch.randn(2, 3, 1, 3)
+    for dtype in (torch.float32, torch.bfloat16):
+        got = policy_module.rotate(x.to(dtype), angles.cos().to(dtype), angles.sin().to(dtype))
+        claim(got.shape == x.shape and got.dtype == dtype, f"rotate: {tuple(x.shape)} {dtype} became {tuple(got.shape)} {got.dtype}")
+
+
+SEEN = [  # mask, T, S, window; a row a query, a column a key
+    ([1, 1, 1], 3, 3, None, "100 110 111"), ([0, 1, 1], 3, 3, None, "100 010 011"), ([1, 1, 1, 1], 2, 4, None, "1110 1111"),
+    (None, 4, 4, 2, "1000 1100 0110 0011"), ([0, 1, 1, 1], 2, 4, None, "0110 0111"), (None, 2, 4, None, "1110 1111"),
+    (None, 1, 4, 2, "0011"), ([1, 0, 1, 1], 4, 4, 3, "1000 1100 1010 0011"), (None, 1, 3, None, "111"), (None, 3, 3, None, "100 110 111")]
+
+
+@core("allowed")
+@pytest.mark.parametrize("mask, T, S, window, rows", SEEN, ids=[f"{m} T={t} S={s} window={w}" for m, t, s, w, _ in SEEN])
+def test_who_sees_whom(mask, T, S, window, rows):
+    got = policy_module.allowed(None if mask is None else torch.tensor([mask]).bool(), T, S, window, torch.device("cpu"))
+    if got is None:                                    # plain causal attention: one token sees all, S tokens a triangle
+        claim(T in (1, S), f"T {T}, S {S}: None stands for plain causal attention, which is right for T = 1 and T = S only")
+        got = torch.ones(1, 1, T, S).tril(S - T) > 0
+    key, query = range(S), range(S - T, S)
+    keep = [1] * S if mask is None else mask
+    w = S if window is None else window
+    table = lambda see: [[float(bool(see(q, k))) for k in key] for q in query]
+    right = [[float(x) for x in row] for row in rows.split()]
+    bugs = {"no causality: keys of the future are read": table(lambda q, k: k > q - w and keep[k] or k == q),
+            "padding that is read: the mask is forgotten": table(lambda q, k: q - w < k <= q),
+            "a window off by one: it includes the query itself": table(lambda q, k: q - w <= k <= q and keep[k] or k == q),
+            "a window one too small": table(lambda q, k: q - w + 1 < k <= q and keep[k] or k == q),
+            "the window forgotten": table(lambda q, k: k <= q and keep[k] or k == q),
+            "a padded query that reads nothing, whose softmax is NaN": table(lambda q, k: q - w < k <= q and keep[k]),
+            "queries at the first T positions, where they are the last": [[float(k <= q - S + T) for k in key] for q in query],
+            "a query that does not see itself": table(lambda q, k: q - w < k < q and keep[k])}
+    check("allowed, a row a query", got.expand(1, 1, T, S)[0, 0].double(), right, bugs=bugs)
+
+
+@care("allowed")
+def test_each_row_has_its_own_padding():
+    mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
+    got = policy_module.allowed(mask, 2, 4, None, torch.device("cpu"))
+    claim(got is not None and got.dtype == torch.bool and got.shape == (2, 1, 2, 4),
+          f"for a mask of numbers (2, 4) and T = 2 it must be (2, 1, 2, 4) bool, and is {None if got is None else (tuple(got.shape), got.dtype)}")
+    check("what row 2 may read, two tokens of padding first", got[1, 0].double(), [[0, 0, 1, 0], [0, 0, 1, 1]])
+    check("what row 1 may read", got[0, 0].double(), [[1, 1, 1, 0], [1, 1, 1, 1]])
+
+
+@core("KVCache.update")
+def test_the_cache_grows():
+    cache, make = policy_module.KVCache(), lambda *values: torch.tensor(values, dtype=torch.float64).view(1, 1, -1, 1)
+    bugs = {"the new ones only": [3], "new ones in front of old ones": [3, 1, 2], "the old ones only": [1, 2]}
+    for layer in (0, 1):
+        k, v = cache.update(layer, make(1, 2) + 100 * layer, make(10, 20) + 100 * layer)
+        check(f"the first keys of layer {layer}", k.flatten(), [1 + 100 * layer, 2 + 100 * layer])
+    k, v = cache.update(0, make(3), make(30))
+    claim(k.dim() == 4 and k.shape[:2] == (1, 1), f"keys must be (B, kv_heads, S, head_dim), joined along S, and are {tuple(k.shape)}")
+    check("keys after 1, 2 and then 3", k.flatten(), [1, 2, 3], bugs=bugs)
+    check("values after 10, 20 and then 30", v.flatten(), [10, 20, 30], bugs={name: [10 * x for x in b] for name, b in bugs.items()} |
+          {"keys returned as values": [1, 2, 3]})
+    k, v = cache.update(1, make(103), make(130))
+    check("keys of layer 1", k.flatten(), [101, 102, 103], bugs={"one list for all layers": [1, 2, 3, 103]})
+
+
+@care("KVCache.update")
+def test_the_cache_keeps_gradients_and_its_own_copy():
+    cache, k = policy_module.KVCache(), torch.randn(2, 3, 4, 5, requires_grad=True)
+    cache.update(0, k, 2 * k)
+    keys, values = cache.update(0, k[:, :, :1], k[:, :, :1])
+    claim(keys.shape == values.shape == (2, 3, 5, 5), f"4 tokens and 1 more must be (2, 3, 5, 5), not {tuple(keys.shape)}")
+    claim(keys.requires_grad, "gradients must flow through the cache: training reads a prompt into it")
+    chosen = cache.select(torch.tensor([1, 1]))
+    claim(torch.equal(chosen.keys[0][0], keys[1]), "what `update` returns must be what stands in cache.keys")
+
+
+def attention_by_loops(attention, x, positions, inv_freq, bug=None):
+    """One row (T, D), plain causal attention, a query and a head at a time."""
+    d = attention.head_dim
+    q, k, v = (projection(x).unflatten(-1, (-1, d)) for projection in (attention.q_proj, attention.k_proj, attention.v_proj))
+    angles = (positions[:, None] * inv_freq)[:, None]                           # (T, 1, d / 2)
+
+    def turned(y):
+        a, b = y[..., :d // 2], y[..., d // 2:]
+        return torch.cat([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()], -1)
+
+    if bug != "no rotary positions":
+        q, k = turned(q), turned(k)
+    v = turned(v) if bug == "values rotated, too" else v
+    T, heads, kv_heads = len(x), q.shape[1], k.shape[1]
+    mixed = torch.zeros_like(q)
+    for t in range(T):
+        for h in range(heads):
+            g = h % kv_heads if bug == "head h with key head h modulo kv_heads, not h // group" else h // (heads // kv_heads)
+            seen = slice(0, T if bug == "no causality: keys of the future are read" else t + 1)
+            scale = 1 if bug == "scores not divided by sqrt(head_dim)" else d ** -0.5
+            mixed[t, h] = (k[seen, g] @ q[t, h] * scale).softmax(0) @ v[seen, g]
+    return mixed.flatten(1) if bug == "the output projection forgotten" else attention.o_proj(mixed.flatten(1))
+
+
+ATTENTION_BUGS = ["no rotary positions", "values rotated, too", "head h with key head h modulo kv_heads, not h // group",
+                  "no causality: keys of the future are read", "scores not divided by sqrt(head_dim)", "the output projection forgotten"]
+
+
+@core("Attention.forward")
+@pytest.mark.parametrize("pieces", [(6,), (3, 1, 2), (5, 1)], ids=["whole", "cache, three pieces", "cache, one token"])
+def test_attention_by_loops(pieces):
+    """6 tokens, 4 heads over 2 key heads, in float64; read at once, and piece by piece with a cache."""
+    config = LlamaConfig(**SIZES)
+    policy = policy_module.Policy(config).double()
+    attention, inv_freq = policy.model.layers[0].self_attn, policy.inv_freq.double()
+    x = torch.randn(6, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for i, weight in enumerate(attention.parameters()):
+        torch.nn.init.normal_(weight, std=.4, generator=torch.Generator().manual_seed(i))
+    cache, parts, S = policy_module.KVCache() if len(pieces) > 1 else None, [], 0
+    with torch.no_grad():
+        for T in pieces:
+            angles = torch.arange(S, S + T)[:, None, None] * inv_freq
+            S += T
+            attend = None if T in (1, S) else (torch.ones(1, 1, T, S).tril(S - T) > 0)
+            out = attention(x[None, S - T:S], (angles.cos(), angles.sin()), attend, 0, cache)
+            claim(out.shape == (1, T, 32), f"attention of (1, {T}, 32) must have that shape, and has {tuple(out.shape)}")
+            parts.append(out[0])
+        made = lambda bug=None: attention_by_loops(attention, x, torch.arange(6), inv_freq, bug)
+        check(f"attention over 6 tokens read as {pieces}, token by token", torch.cat(parts), made(),
+              bugs=lambda: {bug: made(bug) for bug in ATTENTION_BUGS})
+
+
+def test_cached_decode_without_padding():
+    """No mask at all: positions of new tokens go on where the cache ends."""
+    _, ours = pair(CONFIGS["llama"])
+    tokens, _ = ragged()
+    with torch.no_grad():
+        whole, cache = ours(tokens), policy_module.KVCache()
+        parts = torch.cat([ours(tokens[:, start:end], None, cache) for start, end in ((0, 3), (3, 4), (4, 8), (8, 11))], 1)
+    check("hidden states, read in four pieces", parts, whole, 1e-4, 1e-4)

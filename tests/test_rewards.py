@@ -51,6 +51,7 @@ from rewards import Countdown, Math, Problem, countdown_reward, load_problems, m
 LAPTOP = Countdown()
 PAPER = Countdown(counts=(3, 4), high=99, targets=(10, 100), style="think")
 SETTINGS = {"laptop": LAPTOP, "three": Countdown(counts=(3,)), "paper": PAPER}
+core, care = pytest.mark.core, pytest.mark.care  # with the function that a test grades
 
 
 def key(problem):
@@ -200,6 +201,7 @@ BARE = [
 ]
 
 
+@care("countdown_reward")
 @pytest.mark.parametrize("why, text, expected", BARE, ids=[row[0] for row in BARE])
 def test_bare_answers(why, text, expected):
     got = countdown_reward(text, (2, 3, 5, 7), 24)
@@ -243,6 +245,7 @@ EXACT = [
 ]
 
 
+@core("countdown_reward")
 @pytest.mark.parametrize("why, text, numbers, target, expected", EXACT, ids=[r[0] for r in EXACT])
 def test_exact_arithmetic(why, text, numbers, target, expected):
     got = countdown_reward(text, numbers, target)
@@ -276,6 +279,7 @@ THINK = [
 ]
 
 
+@care("countdown_reward")
 @pytest.mark.parametrize("why, text, expected", THINK, ids=[row[0] for row in THINK])
 def test_answer_tags(why, text, expected):
     got = countdown_reward(text, (2, 3, 5, 7), 24, style="think")
@@ -1294,3 +1298,107 @@ def test_the_task_is_the_one_that_the_flags_describe(tmp_path):
 def test_the_examples_in_the_docstrings_hold():
     failed, run = doctest.testmod(rewards)
     assert run >= 7 and failed == 0
+
+
+# For those who write the verifier themselves: the same by hand, and failures that know the mistake
+
+PARSED = [  # text, its value, its tree, what the well-known mistakes give
+    ("2*(1+3)", 8, ("*", 2, ("+", 1, 3)), {5: "brackets that are skipped"}),
+    ("9-4-3", 2, ("-", ("-", 9, 4), 3), {8: "- grouped from the right"}),
+    ("8/4/2", 1, ("/", ("/", 8, 4), 2), {4: "/ grouped from the right"}),
+    ("8-4+2", 6, ("+", ("-", 8, 4), 2), {2: "+ before -"}),
+    ("8/4*2", 4, ("*", ("/", 8, 4), 2), {1: "* before /"}),
+    ("2+3*4", 14, ("+", 2, ("*", 3, 4)), {20: "operators taken as they come: * binds more tightly"}),
+    ("7/2", Fraction(7, 2), ("/", 7, 2), {3: "division of integers that drops the rest"}),
+    ("1/3", Fraction(1, 3), ("/", 1, 3), {Fraction(1 / 3): "floats in place of exact fractions"}),
+    ("120", 120, 120, {0: "only the last digit read", 1: "only the first digit read"}),
+    (" 3 +  4 ", 7, ("+", 3, 4), {}),
+    ("((5))", 5, 5, {}),
+]
+
+
+@core("parse")
+@pytest.mark.parametrize("text, value, tree, bugs", PARSED, ids=[row[0] for row in PARSED])
+def test_parse_by_hand(text, value, tree, bugs):
+    node = rewards.parse(text)
+    assert node is not None, f"parse({text!r}) must be a node of value {value}, and is None"
+    assert isinstance(node, tuple) and len(node) == 3, \
+        f"parse({text!r}) must be (numerator, denominator, tree), and is {node!r}"
+    got = Fraction(node[0]) / Fraction(node[1])
+    hint = f" This is what you get with: {bugs[got]}." if got in bugs else ""
+    assert got == value, f"parse({text!r}) must have the value {value}, and has {got}.{hint}"
+    assert node[2] == tree, f"parse({text!r}) must have the tree {tree!r}, and has {node[2]!r}"
+
+
+NO_EXPRESSION = {
+    "": "nothing at all", "()": "empty brackets", "1 2": "two numbers side by side, read as 12",
+    "-1+2": "a sign", "2**3": "a power", "7//2": "floor division", "07": "a leading zero",
+    "1+2=3": "an equation", "1+": "an operator at the end", "1+2)": "a bracket too many",
+    "(1+2": "a bracket that stays open", "1+2 is it": "words behind the answer",
+    "3(7)": "a product without its sign", "1.5": "a decimal", "٣+1": "digits of another script",
+}
+
+
+@core("parse")
+@pytest.mark.parametrize("text, why", NO_EXPRESSION.items(), ids=NO_EXPRESSION)
+def test_what_is_no_expression_does_not_parse(text, why):
+    try:
+        node = rewards.parse(text)
+    except Exception as error:
+        node = error
+    assert node is None, f"parse({text!r}) must be None, for that is {why}; it gave {node!r}"
+
+
+@care("parse")
+@pytest.mark.parametrize("text, why", [
+    ("(" * 31 + "1" + ")" * 31, "31 nested brackets: the stack of a recursive parser is finite"),
+    ("(" * 300, "300 open brackets"), ("1" + "+1" * 300, "more than MAX_ANSWER characters"),
+    ("9" * 5000, "more digits than int() takes")], ids=["deep", "open", "long", "digits"])
+def test_parse_is_bounded(text, why):
+    try:
+        node = rewards.parse(text)
+    except (Exception, RecursionError) as error:
+        node = error
+    assert node is None, f"parse must refuse {why}, by None; it gave {type(node).__name__}"
+
+
+@care("parse")
+def test_parse_takes_division_by_zero_and_thirty_brackets():
+    node = rewards.parse("5/0")
+    assert node is not None and node[1] == 0, f"5/0 parses, with denominator 0; parse gave {node!r}"
+    node = rewards.parse("(" * 30 + "1" + ")" * 30)
+    assert node and node[0] == node[1], "30 nested brackets must parse"
+
+
+JUDGED = [  # text, numbers, target, reward, the mistake that gives the other one
+    ("2*2", (2, 2), 4, 1, "numbers compared as sets: a number may come twice"),
+    ("2+2", (2, 2, 2), 4, 0, "numbers compared as sets, or not all of them asked for"),
+    ("2+2+2", (2, 2), 6, 0, "numbers that may be used again"),
+    ("4*6", (2, 3, 5), 24, 0, "numbers that are not looked at"),
+    ("3+5-2", (2, 3, 5), 7, 0, "a value that is not looked at"),
+    ("6/(5/4)", (4, 5, 6), Fraction(24, 5), 1, "floats in place of exact fractions"),
+    ("1/3+2/3*4", (1, 3, 2, 3, 4), 3, 1, "floats in place of exact fractions"),
+    ("8/(3-8/3)", (3, 3, 8, 8), 24, 1, "floats in place of exact fractions"),
+    ("24+1/1000000", (24, 1, 1000000), 24, 0, "a tolerance"),
+    ("5/(2-2)", (5, 2, 2), 0, 0, "a target of 0 met by 0/0: look at the denominator"),
+    ("2+5-3", (5, 3, 2), 4, 1, "an order of the numbers that is insisted on"),
+]
+
+
+@core("countdown_reward")
+@pytest.mark.parametrize("text, numbers, target, right, bug", JUDGED, ids=[r[0] for r in JUDGED])
+def test_reward_by_hand(text, numbers, target, right, bug):
+    got = countdown_reward(text, numbers, target)
+    assert got == right, (f"{text!r} with {numbers} for {target} must earn {right}, and earns {got}. "
+                          f"This is what you get with: {bug}.")
+
+
+@care("countdown_reward")
+def test_reward_is_a_float_and_takes_any_text():
+    for text, right in (("1+2", 1.0), ("1+1", 0.0), ("", 0.0), ("\ud800", 0.0), (None, 0.0)):
+        got = countdown_reward(text, (1, 2), 3)
+        assert isinstance(got, float) and got == right, f"{text!r} must earn {right}, not {got!r}"
+    got = countdown_reward("<answer>9</answer> no: <answer>1+2</answer>", (1, 2), 3, style="think")
+    assert got == 1.0, "style think reads the last answer tag alone"
+    with pytest.raises(ValueError):
+        countdown_reward("1+2", (1, 2), 3, style="thnik")

@@ -16,6 +16,9 @@ import policy as policy_module
 import sample as sampling
 from rewards import Countdown, countdown_reward
 from sample import chat, draw, encode, sample, texts_of
+from test_losses import check, claim
+
+core, care = pytest.mark.core, pytest.mark.care       # with the function that a test grades
 
 SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
              max_position_embeddings=64, tie_word_embeddings=True, eos_token_id=1)
@@ -44,6 +47,7 @@ def drawn(policy, tokenizer, prompts=PROMPTS, G=4, new=14, temperature=1.0, seed
     return sample(policy, tokenizer, prompts, G, new, temperature, torch.Generator(policy.device).manual_seed(seed))
 
 
+@core("sample")
 @pytest.mark.parametrize("sharing", [(), ("cpu", "cuda")], ids=["apart", "shared"])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
@@ -64,6 +68,7 @@ def test_recorded_log_probabilities_are_those_of_a_full_forward(family, temperat
             assert error < (1e-5 if device == "cpu" else 1e-4), f"{family}, row {row}: the sampler's log-probabilities are off by {error:.1e}"
 
 
+@core("sample")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_other_prompts_in_the_batch_change_nothing(family):
     """As good as greedy, so that text can be compared: a prompt alone, and padded on the left to the width of longer ones."""
@@ -240,6 +245,7 @@ def test_what_was_said_alike_is_read_once(monkeypatch, family):
     assert rows[0] < 60, "the batch must hold beginnings in common"
 
 
+@core("sample")
 def test_mask_ends_with_the_first_stop_token():
     policy, tokenizer = build()
     rollout = drawn(policy, tokenizer, G=8)
@@ -255,6 +261,7 @@ def test_mask_ends_with_the_first_stop_token():
     assert 0 < rollout.finished.sum() < len(rollout.finished), "the batch must hold both kinds"
 
 
+@core("sample")
 def test_an_answer_that_stops_at_once_has_one_token():
     policy, tokenizer = build()
     policy.stop_ids = list(range(policy.config.vocab_size))
@@ -263,6 +270,7 @@ def test_an_answer_that_stops_at_once_has_one_token():
     assert rollout.texts == [""] * 12, "the stop token is not part of the text"
 
 
+@care("sample")
 def test_no_sampled_token_is_hidden_from_the_verifier():
     """Smoothing pays for unlikely tokens: were special ones left out of the text, a right answer could be padded with them."""
     policy, tokenizer = policy_module.tiny()
@@ -302,6 +310,7 @@ def test_blanks_before_a_full_stop_are_shown():
     assert texts_of(tokenizer, [tokenizer("1 .").input_ids, []]) == ["1 .", ""]
 
 
+@care("sample")
 def test_without_a_stop_token_every_answer_is_cut():
     policy, tokenizer = build()
     policy.stop_ids = []
@@ -310,6 +319,7 @@ def test_without_a_stop_token_every_answer_is_cut():
         assert rollout.mask.shape == (12, new) and rollout.mask.all() and not rollout.finished.any()
 
 
+@care("sample")
 def test_seeds_and_rows():
     policy, tokenizer = build()
     one, same, other = (drawn(policy, tokenizer, seed=seed) for seed in (0, 0, 1))
@@ -350,6 +360,7 @@ def test_shared_prefill_is_separate_prefill():
     assert torch.equal(shared.response, separate.response) and torch.allclose(shared.logp, separate.logp, atol=1e-5)
 
 
+@core("sample")
 def test_draws_follow_the_softmax():
     """20,000 draws of one token against its probabilities: chi-square with 21 degrees stays below 47 (p = .001)."""
     policy, tokenizer = build()
@@ -372,6 +383,7 @@ def test_draw_never_picks_an_impossible_token():
         assert (p > 0).all(), f"u = {u}: an impossible token was drawn in {(p == 0).sum()} rows of 512"
 
 
+@care("sample")
 def test_a_prompt_that_does_not_fit_is_refused():
     policy, tokenizer = build()
     with pytest.raises(ValueError, match="exceed the model's context of 64"):
@@ -393,6 +405,7 @@ def two_words(template=None, begin=False):
     return tokenizer
 
 
+@care("sample")
 def test_two_words_and_prompts_of_one_token():
     """The smallest vocabulary; padding and the end of an answer are one token, told apart by position."""
     policy, tokenizer = policy_module.Policy(LlamaConfig(vocab_size=2, **SIZES | {"eos_token_id": 0})), two_words()
@@ -452,3 +465,89 @@ def test_a_template_that_writes_the_date_asks_the_same_tomorrow():
 def test_a_template_that_fails_is_told_in_one_sentence():
     with pytest.raises(ValueError, match=r"the tokenizer's chat template fails \(TemplateError: no way\)\."):
         chat(two_words("{{ raise_exception('no way') }}"), "S", "U", "think")
+
+
+# ------------------------------------------------- for those who write the sampler themselves: failures that know the mistake
+
+@core("sample")
+@pytest.mark.parametrize("temperature", [0.7, 1.5])
+def test_what_is_recorded_is_named(temperature):
+    """Each sampled token's log-probability at the sampling temperature, against one full forward pass a row."""
+    policy, tokenizer = build()
+    with torch.no_grad():
+        rollout, made = drawn(policy, tokenizer, temperature=temperature), []
+        claim(isinstance(rollout, sampling.Rollout), f"sample must return a Rollout, not {type(rollout).__name__}")
+        claim(rollout.logp.shape == rollout.mask.shape == rollout.response.shape, "logp, mask and response must all be (B, T)")
+        for row in range(12):
+            prompt, n = rollout.tokens[row, :rollout.prompt_mask.shape[1]][rollout.prompt_mask[row]], int(rollout.mask[row].sum())
+            ids = torch.cat([prompt, rollout.response[row, :n]])
+            z = policy(ids[None])[0] @ policy.head.T
+            at = slice(len(prompt) - 1, len(ids) - 1)
+            pick = lambda x: x.gather(1, ids[len(prompt):, None])[:, 0]
+            right, plain = pick((z / temperature).log_softmax(-1)[at]), pick(z.log_softmax(-1)[at])
+            late = pick((z / temperature).log_softmax(-1)[len(prompt):])
+            top = (z / temperature).log_softmax(-1)[at].amax(1)
+            made.append((right, plain, plain / temperature, right.exp(), late, top))
+    right, plain, divided, p, late, top = map(torch.cat, zip(*made))
+    check(f"recorded log-probabilities at temperature {temperature}", rollout.logp[rollout.mask], right, 1e-4, 1e-4, bugs={
+        "the temperature missing": plain, "log-probabilities divided by the temperature, not logits": divided,
+        "probabilities, not their logarithms": p, "the distribution of the NEXT position: off by one": late,
+        "the likeliest token's, not the sampled one's": top})
+
+
+@core("sample")
+def test_where_an_answer_ends_is_named():
+    policy, tokenizer = build()
+    rollout = drawn(policy, tokenizer, G=8)
+    for row, ids in enumerate(rollout.response.tolist()):
+        n, stops = int(rollout.mask[row].sum()), [t for t, token in enumerate(ids) if token in policy.stop_ids]
+        claim(stops or not rollout.finished[row], f"row {row} is finished, but no stop token is left in its response. This is what you get "
+              "with: the stop token left out of the mask.")
+        end = stops[0] + 1 if stops else 14
+        bug = {end - 1: "the stop token left out of the mask", len(ids): "a mask that goes on after the stop token",
+               (stops + [0])[-1] + 1: "an end at the last stop token, not the first"}.get(n)
+        claim(n == end, f"row {row}: the first stop token is at position {stops[:1] or 'none'}, so the mask must hold {end} ones, and holds "
+              f"{n}." + (f" This is what you get with: {bug}." if bug else ""))
+        claim(bool(rollout.finished[row]) == bool(stops), f"row {row}: finished is True where a stop token ended the answer, False where "
+              "max_new_tokens cut it")
+
+
+@core("sample")
+def test_groups_are_neighbours():
+    """The G rows of a prompt stand side by side, in the order of the prompts."""
+    policy, tokenizer = build()
+    rollout = drawn(policy, tokenizer, G=2)
+    asked = [tokenizer.decode(ids[:len(keep)][keep]) for ids, keep in zip(rollout.tokens, rollout.prompt_mask)]
+    right = [prompt for prompt in PROMPTS for _ in range(2)]
+    hint = " This is what you get with: groups interleaved." if asked == PROMPTS * 2 else ""
+    claim(asked == right, f"rows must ask {right}, and ask {asked}.{hint}")
+    claim(len(rollout.texts) == 6, f"one text a row: 6, not {len(rollout.texts)}")
+
+
+@care("sample")
+def test_what_is_off_the_mask():
+    policy, tokenizer = build()
+    rollout = drawn(policy, tokenizer, G=8)
+    claim((rollout.logp[~rollout.mask] == 0).all(), "logp must be 0 off the mask")
+    claim((rollout.response[~rollout.mask] == tokenizer.pad_token_id).all(), "response must hold padding off the mask")
+    claim(torch.equal(rollout.tokens[:, rollout.prompt_mask.shape[1]:], rollout.response), "response must be the tail of tokens")
+    claim(rollout.logp.dtype == torch.float32 and rollout.mask.dtype == torch.bool, "logp is fp32, mask bool")
+    claim(not rollout.logp.requires_grad, "sampling needs no gradient: torch.no_grad()")
+    claim(rollout.mask.shape[1] == rollout.mask.sum(1).max(), "T is the length of the longest answer, not the budget")
+
+
+def test_rollouts_are_joined_and_rows_taken():
+    """Prompts of other widths are padded on the left, answers on the right; a row keeps all that belongs to it."""
+    policy, tokenizer = build()
+    parts = [drawn(policy, tokenizer, [prompt], G=3, seed=i) for i, prompt in enumerate(PROMPTS)]
+    whole = sampling.join(parts, tokenizer.pad_token_id)
+    P, rows = whole.prompt_mask.shape[1], torch.tensor([7, 2, 2, 5])
+    for rollout, wanted in ((whole, range(9)), (sampling.take(whole, rows), rows.tolist())):
+        for row, source in enumerate(wanted):
+            part, i = parts[source // 3], source % 3
+            p, n = part.prompt_mask.shape[1], int(part.mask[i].sum())
+            prompt, answer = rollout.tokens[row, :P][rollout.prompt_mask[row]], rollout.response[row][rollout.mask[row]]
+            claim(torch.equal(prompt, part.tokens[i, :p][part.prompt_mask[i]]), f"row {row}: another prompt, or its padding is on the right")
+            claim(torch.equal(answer, part.response[i, :n]) and rollout.texts[row] == part.texts[i], f"row {row}: another answer")
+            claim(torch.equal(rollout.logp[row][rollout.mask[row]], part.logp[i, :n]), f"row {row}: other log-probabilities")
+            claim(rollout.prompt_mask[row, -1], "a prompt ends where its answer begins: padding goes to the left")

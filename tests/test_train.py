@@ -24,9 +24,11 @@ import train
 from rewards import Countdown
 import sample as sampling
 from sample import sample
+from test_losses import check, claim
 
 ROOT = Path(train.__file__).parent
 G = 4
+core, care = pytest.mark.core, pytest.mark.care       # with the function that a test grades
 
 
 def small(seed=0):
@@ -114,6 +116,7 @@ def test_an_answer_given_several_times_is_read_once_and_counts_as_often(monkeypa
     assert naive.norm() > 1 and (ours - naive).norm() < 1e-5 * naive.norm(), "the gradient is not the sum over the copies"
 
 
+@core("train_step")
 @pytest.mark.parametrize("loss", [SMOOTH, BONUS, losses.sft], ids=["diffsmooth", "entropy", "sft"])
 @pytest.mark.parametrize("micro_batch", [None, 1, 3, 5, 12])
 def test_any_micro_batch_gives_the_plain_gradient(loss, micro_batch):
@@ -150,6 +153,7 @@ def test_activations_computed_again_give_the_same_gradient_from_less_memory(micr
     assert kept[1] < kept[0], "nothing was computed again"
 
 
+@core("train_step")
 def test_the_stop_token_is_trained():
     """One answer that is nothing but the stop token: raising it must move the weights, and raise exactly it."""
     policy, tokenizer = small()
@@ -161,6 +165,7 @@ def test_the_stop_token_is_trained():
     assert policy_module.score(policy, rollout, torch.arange(2), 1, 1.0)[0][0, 0].item() > before + 0.01
 
 
+@care("train_step")
 def test_smallest_learning_rates_move_fp32_weights():
     policy, tokenizer = small()
     assert {w.dtype for w in policy.parameters()} == {torch.float32}
@@ -192,6 +197,7 @@ def test_a_step_of_muon_is_orthogonal_and_as_torch_makes_it(shape):
     assert all(not torch.equal(a, b) for a, b in zip(policy.parameters(), before.parameters())), "the others move, too"
 
 
+@care("train_step")
 def test_a_nan_never_reaches_the_weights():
     policy, tokenizer = small()
     def broken(logp, *rest, **options):
@@ -426,3 +432,101 @@ def test_two_processes_cannot_share_a_run_folder(base, capsys):
     assert go(base, "--loss", "grpo", "--steps", 2, "--name", "locked", "--resume") == 2
     assert "another process is writing" in capsys.readouterr().err
     held.close()
+
+
+# ---------------------------------------------------- for those who write the step themselves: failures that know the mistake
+
+def probed(gradients):
+    """A gradient of the model as three numbers: its norm, and its products with two fixed directions."""
+    g = torch.cat([x.flatten() for x in gradients])
+    directions = torch.randn(2, len(g), generator=torch.Generator().manual_seed(5))
+    return torch.cat([g.norm()[None], directions @ g])
+
+
+@core("train_step")
+@pytest.mark.parametrize("micro_batch", [None, 4, 8])
+def test_the_gradient_of_the_whole_batch_is_named(micro_batch):
+    """A mean over all tokens of the batch, and an entropy bonus; chunks of whole groups, so that a loss a chunk would not fail."""
+    policy, tokenizer = small()
+    rollout = rollout_of(policy, tokenizer, 0.7)
+    loss_fn = functools.partial(losses.entropy, entropy_coef=0.3, agg="token_mean")
+
+    def slopes(rows=slice(0, 12), temperature=0.7, bonus=True):
+        logp, entropy = naive_score(policy, rollout, temperature)
+        loss, _ = loss_fn(logp[rows], logp[rows].detach(), rollout.mask[rows], REWARDS[rows], G,
+                          entropy=(entropy if bonus else entropy.detach())[rows])
+        return torch.autograd.grad(loss, list(policy.parameters()))
+
+    whole = probed(slopes())
+    chunks = [probed(slopes(slice(i, i + (micro_batch or 12)))) for i in range(0, 12, micro_batch or 12)]
+    value, plain = (loss_fn(logp, logp, rollout.mask, REWARDS, G, entropy=entropy)[0].item()
+                    for logp, entropy in (naive_score(policy, rollout, T) for T in (0.7, 1.0)))
+    stats = train.train_step(policy, Still(policy), rollout, REWARDS, loss_fn, G, temperature=0.7, micro_batch=micro_batch, grad_clip=1e9)
+    grads = [torch.zeros_like(w) if w.grad is None else w.grad for w in policy.parameters()]
+    linear = lambda parts: torch.cat([whole[:1] * 0, sum(parts)[1:]])           # norms do not add up
+    check(f"the gradient with micro_batch {micro_batch}, probed in two directions", linear([probed(grads)]), linear([whole]), 1e-4, 1e-3,
+          bugs=lambda: {"the mean of the chunks' losses, where the batch has one": linear(chunks) / len(chunks),
+                        "the sum of the chunks' losses": linear(chunks), "the last chunk's gradient alone": linear(chunks[-1:]),
+                        "the first chunk's gradient alone": linear(chunks[:1]), "the gradient divided by the chunks once more": linear([whole]) / len(chunks),
+                        "a temperature of 1 in the score": linear([probed(slopes(temperature=1.0))]),
+                        "the entropy's gradient dropped": linear([probed(slopes(bonus=False))]), "the sign": -linear([whole]),
+                        "no gradient at all: is the loss cut off?": 0 * whole})
+    check("the norm of the gradient", probed(grads)[0], whole[0], 1e-4, 1e-3)
+    check(f"stats['loss'] with micro_batch {micro_batch}", stats["loss"], value, 1e-4, 1e-4, bugs={"a temperature of 1 in the score": plain})
+
+
+@core("train_step")
+def test_old_log_probabilities_are_used():
+    """Given old_logp, the ratio is not 1: the loss of reinforcement is that of losses.py for these numbers."""
+    policy, tokenizer = small()
+    rollout = rollout_of(policy, tokenizer)
+    logp, entropy = (x.detach() for x in naive_score(policy, rollout, 1.0))
+    old = torch.where(rollout.mask, logp - 0.15 * REWARDS[:, None], 0.0)     # by one factor each, A would cancel
+    right, same = (losses.grpo(logp, x, rollout.mask, REWARDS, G)[0].item() for x in (old, logp))
+    stats = train.train_step(policy, Still(policy), rollout, REWARDS, losses.grpo, G, old_logp=old)
+    check("stats['loss'] with old_logp given", stats["loss"], right, 1e-4, 1e-4,
+          bugs={"old_logp ignored": same, "logp and old_logp exchanged": losses.grpo(old, logp, rollout.mask, REWARDS, G)[0].item()})
+
+
+@core("train_step")
+def test_a_step_goes_downhill_and_begins_afresh():
+    """Plain gradient descent: w becomes w - lr g, in the second step as well: no gradient is left over from the first."""
+    policy, tokenizer = small()
+    rollout = rollout_of(policy, tokenizer)
+    optimizer = torch.optim.SGD(policy.parameters(), lr=0.01)
+    left = None
+    for step in (1, 2):
+        logp, entropy = naive_score(policy, rollout, 1.0)
+        loss, _ = SMOOTH(logp, logp.detach(), rollout.mask, REWARDS, G, entropy=entropy)
+        right = probed(torch.autograd.grad(loss, list(policy.parameters())))
+        before = [w.detach().clone() for w in policy.parameters()]
+        train.train_step(policy, optimizer, rollout, REWARDS, SMOOTH, G, grad_clip=1e9)
+        moved = probed([(a - w.detach()) / 0.01 for a, w in zip(before, policy.parameters())])
+        bugs = {"the sign: uphill": right * torch.tensor([1., -1, -1]), "no optimizer.step()": 0 * right}
+        if left is not None:
+            bugs["the gradient of the step before still in it: zero_grad is missing"] = torch.cat([moved[:1], (right + left)[1:]])
+        check(f"what step {step} took off the weights, by lr", moved, right, 2e-3, 2e-3, bugs=bugs)
+        left = right
+
+
+@care("train_step")
+def test_the_gradient_is_clipped_and_its_norm_told():
+    policy, tokenizer = small()
+    rollout = rollout_of(policy, tokenizer)
+    stats = train.train_step(policy, Still(policy), rollout, REWARDS, SMOOTH, G, grad_clip=1e9)
+    whole = gradient(policy).norm().item()
+    check("stats['grad_norm'], before clipping", stats["grad_norm"], whole, 1e-5, 1e-4)
+    stats = train.train_step(policy, Still(policy), rollout, REWARDS, SMOOTH, G, grad_clip=whole / 2)
+    check("the norm of a gradient clipped at half its norm", gradient(policy).norm(), whole / 2, 1e-5, 1e-3)
+    check("stats['grad_norm'], before clipping", stats["grad_norm"], whole, 1e-5, 1e-4)
+    claim(all(isinstance(value, (float, int)) for name, value in stats.items() if name != "bad_rows"),
+          "stats must be a flat dict of floats")
+
+
+@care("train_step")
+def test_the_reference_reaches_the_loss():
+    policy, tokenizer = small()
+    rollout = rollout_of(policy, tokenizer)
+    reference = torch.where(rollout.mask, naive_score(policy, rollout, 1.0)[0].detach() - 0.5, 0.0)
+    stats = train.train_step(policy, Still(policy), rollout, REWARDS, functools.partial(losses.grpo, beta=0.1), G, ref_logp=reference)
+    check("stats['kl'] for a reference 0.5 below on each token", stats["kl"], 0.5 + 2.718281828 ** -0.5 - 1, 1e-4, 1e-4)
