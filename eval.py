@@ -1,4 +1,4 @@
-"""How it is measured: Pass@k with intervals, and how many different right answers a model still has.
+"""How it is measured: Pass@k with intervals, and how many different right answers a model has.
 
     python eval.py runs/base runs/grpo runs/diffsmooth --n 128
     python eval.py runs/grpo runs/diffsmooth --temperatures 0.4 0.7 1 1.3 --plot frontier.png
@@ -10,10 +10,10 @@ For a problem with n samples of which c are correct:
 - Pass@k   the chance that at least one of k samples is correct: 1 - C(n-c, k) / C(n, k), without
            bias (arXiv 2107.03374); averaged over problems last. Pass@1 is the paper's C(pi).
 - distinct the number of different correct answers among the n, up to the order of + and *;
-           as_text  by their characters. Pass@k cannot see this: two problems with the same chance of
-           success have the same Pass@k, however alike their answers are.
-- sigma    Gini-Simpson diversity of the correct answers, the chance that two correct samples differ:
-           1 - sum_j n_j (n_j - 1) / (c (c - 1)), without bias; mean over the problems with c >= 2.
+           as_text  by their characters. Pass@k cannot see this: the same chance of success gives
+           the same Pass@k, however alike the answers are.
+- sigma    Gini-Simpson diversity of the correct answers, the chance that two correct samples
+           differ: 1 - sum_j n_j (n_j - 1) / (c (c - 1)), without bias; over problems with c >= 2.
 - nats     mean of -log pi(y|x): an estimate of the entropy of whole answers.
 Intervals are 95 % bootstrap intervals over problems, and those of a difference are paired: the same
 resampled problems serve all models.
@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 import policy as policy_module
 from rewards import SETTING, add_task_flags, fill_task_flags, make_task
-from sample import chat, sample
+from sample import chat, encode, sample
 
 
 def pass_at_k(n, c, k):
@@ -52,12 +52,20 @@ def pass_at_k(n, c, k):
 
 def evaluate(policy, tokenizer, task, problems, n, max_new_tokens, temperature=1.0, generator=None,
              rows=1024):
-    """n answers to each problem -> one dict a problem, see `record`. rows: answers in flight."""
-    records = []
+    """n answers to each problem -> one dict a problem, see `record`. rows: answers in flight.
+
+    Under torchrun the batches of problems are dealt out to the processes, and each gets the records
+    of all: those of one process, bit for bit."""
+    records = {}                                       # number of a batch -> its records
     problems_at_once, answers_at_once = max(1, rows // n), max(1, min(n, rows))
     for start in tqdm(range(0, len(problems), problems_at_once), desc="evaluate", leave=False,
-                      disable=not sys.stderr.isatty()):
-        batch = problems[start:start + problems_at_once]
+                      disable=rank() > 0 or not sys.stderr.isatty()):
+        batch, number = problems[start:start + problems_at_once], start // problems_at_once
+        if number % world() != rank():                 # another's: only the generator goes past it
+            for drawn in range(0, n, answers_at_once):
+                torch.rand(len(batch) * min(answers_at_once, n - drawn), max_new_tokens,
+                           generator=generator, device=policy.device)
+            continue
         prompts = [chat(tokenizer, task.system, task.prompt(x), task.style) for x in batch]
         answers = [[] for _ in batch]                  # a problem: (text, tokens, nats, finished)
         for drawn in range(0, n, answers_at_once):     # a group larger than `rows` in several goes
@@ -67,14 +75,19 @@ def evaluate(policy, tokenizer, task, problems, n, max_new_tokens, temperature=1
                         (-rollout.logp.sum(1)).tolist(), rollout.finished.tolist())
             for row, fact in enumerate(facts):
                 answers[row // G].append(fact)
-        records += [record(task, problem, given) for problem, given in zip(batch, answers)]
-    return records
+        records[number] = [record(task, problem, given) for problem, given in zip(batch, answers)]
+    parts = [records]
+    if world() > 1:
+        parts = [None] * world()
+        torch.distributed.all_gather_object(parts, records)
+    records = {number: some for part in parts for number, some in part.items()}
+    return [one for number in sorted(records) for one in records[number]]
 
 
 def record(task, problem, answers):
     """What the table needs of one problem; answers: list of (text, tokens, nats, finished)."""
     texts, tokens, nats, finished = zip(*answers)
-    judged = {text: (task.reward(problem, text) == 1.0, task.canonical(text)) for text in set(texts)}
+    judged = {text: (task.reward(problem, text) == 1, task.canonical(text)) for text in set(texts)}
     correct = [text for text in texts if judged[text][0]]
     forms = Counter(judged[text][1] for text in correct)
     c, n = len(correct), len(texts)
@@ -86,7 +99,7 @@ def record(task, problem, answers):
 
 
 def columns(records):
-    """{column: (problems,) array}: what is averaged over problems. NaN: a problem without a value."""
+    """{column: (problems,) array}: what is averaged over problems. NaN where one has no value."""
     n = records[0]["n"]
     values = {f"Pass@{k}": [100 * pass_at_k(n, r["c"], k) for r in records] for k in powers_of_2(n)}
     for name in ("distinct", "as_text", "sigma", "parsed", "finished", "tokens", "nats"):
@@ -104,7 +117,7 @@ def summary(results, resamples=2000, seed=0):
     model, for all but that one}}}."""
     first, size = next(iter(results)), len(next(iter(results.values())))
     # The same resampled problems serve every model, so the interval of a gain is a paired one.
-    picks = np.random.default_rng(seed).integers(0, size, (resamples, size))    # (resamples, problems)
+    picks = np.random.default_rng(seed).integers(0, size, (resamples, size))
     values = {model: columns(records) for model, records in results.items()}
     summaries = {}
     for model, table in values.items():
@@ -127,10 +140,11 @@ def interval(x, picks):
 
 
 def table(summaries):
-    """The summaries as text: a line a measure, a column a model. The first has its own interval, the
-    others have their gain over it with the interval of the gain."""
+    """The summaries as text: a line a measure, a column a model. The first has its own interval,
+    the others have their gain over it with the interval of the gain."""
     first = next(iter(summaries))
-    lines = [["", first, *(f"{model} (gain over {first})" for model in summaries if model != first)]]
+    others = [model for model in summaries if model != first]
+    lines = [["", first, *(f"{model} (gain over {first})" for model in others)]]
     for name in summaries[first]:
         digits = 2 if name in ("sigma", "parsed", "finished") else 1
         line = [name]
@@ -139,7 +153,8 @@ def table(summaries):
             if mean is None or gain["mean"] is None:   # sigma of a model that is never right twice
                 line.append("-".rjust(6))
             elif model == first:
-                line.append(f"{mean:6.{digits}f} [{gain['low']:.{digits}f}, {gain['high']:.{digits}f}]")
+                line.append(f"{mean:6.{digits}f} [{gain['low']:.{digits}f}, "
+                            f"{gain['high']:.{digits}f}]")
             else:
                 line.append(f"{mean:6.{digits}f}  {gain['mean']:+.{digits}f} "
                             f"[{gain['low']:+.{digits}f}, {gain['high']:+.{digits}f}]")
@@ -168,7 +183,8 @@ def chart(summaries, height=12):
     lines = [f"{top * (height - y) / height:5.0f} |" + "".join(line) for y, line in enumerate(grid)]
     labels = "".join(str(k).ljust(len(summaries) + 3) for k in ks)
     names = ", ".join(f"{chr(97 + i)} {model}" for i, model in enumerate(summaries))
-    return "\n".join([*(line.rstrip() for line in lines), f"{'k':>5}  {labels.rstrip()}", f"Pass@k: {names}"])
+    lines += [f"{'k':>5}  {labels}", f"Pass@k: {names}"]
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def plot(summaries, file, title):
@@ -216,11 +232,12 @@ def parse(argv):
     flags.add_argument("--problems", type=int, default=512,
                        help="held-out problems (math: at most what --data has)")
     flags.add_argument("--temperature", "--temperatures", type=float, nargs="+", default=[0.7],
-                       dest="temperatures", help="several give a table each, and --plot the frontier")
+                       dest="temperatures", help="several: a table each, and --plot the frontier")
     flags.add_argument("--seed", type=int, default=0,
                        help="of the draws; the problems are always the same")
+    flags.add_argument("--stop", nargs="+", default=[], help="further tokens that end an answer")
     add_task_flags(parser)
-    parser.set_defaults(task=None)                     # None: that of the runs named, else countdown
+    parser.set_defaults(task=None)                     # that of the runs named, else countdown
     machine = parser.add_argument_group("the machine")
     machine.add_argument("--rows", type=int, default=1024,
                          help="answers in flight at once: lower it when memory runs out")
@@ -236,51 +253,65 @@ def parse(argv):
         raise ValueError("--temperature must be above 0.")
     for file in (Path(args.json), Path(args.plot or "plot.png")):     # now, not after an hour
         if file.is_dir() or not file.parent.is_dir():
-            raise ValueError(f"'{file}' cannot be written: it must be a file in a folder that exists.")
+            raise ValueError(f"'{file}' cannot be written: it must be a file in a folder that "
+                             "exists.")
     return args
 
 
 def task_of_runs(args):
-    """Fill in what the flags leave open: a run is measured on the task that it was trained on, and so
-    is everything beside it -> {name: folder of its model}."""
-    given, folders = vars(args).copy(), {}
+    """Fill in what the flags leave open: a run is measured on the task that it was trained on, and
+    so is everything beside it -> {name: folder of its model}, {name: flags of a run}."""
+    given, folders, runs = vars(args).copy(), {}, {}
     for name in args.models:
         folders[name] = name
         if not (Path(name) / "flags.json").is_file():
             continue
-        flags = read_flags(Path(name) / "flags.json")
-        for key in (key for key in SETTING if given[key] is None):
-            if getattr(args, key) not in (None, flags[key]):
-                raise ValueError(f"'{name}' was trained with {key} {flags[key]}, a run before it "
+        flags = runs[name] = read_flags(Path(name) / "flags.json")
+        wanted = flags | {"data": flags["eval_data"] or flags["data"]}
+        for key, value in wanted.items():
+            if key not in (*SETTING, "data") or given[key] is not None or value is None:
+                continue
+            if getattr(args, key) not in (None, value):
+                raise ValueError(f"'{name}' was trained with {key} {value}, a run before it "
                                  f"with {getattr(args, key)}: say by --{key.replace('_', '-')} on "
                                  "which to measure.")
-            setattr(args, key, flags[key])
+            setattr(args, key, value)
         folders[name] = Path(name) / "model"
         if not folders[name].is_dir():
             raise ValueError(f"'{name}' has no finished model yet: go on with it by "
                              "train.py --resume.")
     args.task = args.task or "countdown"
-    return folders
+    return folders, runs
 
 
 def run(argv=None):
     args = parse(argv)
-    device, dtype = pick_device(args.device)
+    device, dtype = start_processes(args.device)       # as many as torchrun started
     results = {temperature: {} for temperature in args.temperatures}
-    for name, folder in task_of_runs(args).items():
-        policy, tokenizer = policy_module.load(folder, device, dtype)
+    folders, runs = task_of_runs(args)
+    for name, folder in folders.items():
+        policy, tokenizer = policy_module.load(folder, device, dtype, args.stop)
         fill_task_flags(args, tokenizer)
         task = make_task(args, held_out=1.0 if args.task == "math" else 0.1)
         notes = leave_out_too_long(task, tokenizer, policy, args.max_new_tokens)
-        if notes and not results[args.temperatures[0]]:
+        notes += leave_out_trained(task, runs) if args.task == "math" else []
+        if notes and not results[args.temperatures[0]] and rank() == 0:
             print(*notes, sep="\n")
         problems = task.held_out_problems(args.problems)
+        if not problems:
+            raise ValueError(f"'{args.data}' holds no problem to evaluate on.")
+        if results[args.temperatures[0]] and problems != asked:
+            raise ValueError(f"'{name}' has another context than the model before it, so that other "
+                             "problems fit: measure it alone.")
+        asked = problems
         label = Path(name).name
         label = name if label in results[args.temperatures[0]] else label
         for temperature, records in results.items():
             generator = torch.Generator(device).manual_seed(args.seed)
             records[label] = evaluate(policy, tokenizer, task, problems, args.n,
                                       args.max_new_tokens, temperature, generator, args.rows)
+    if rank() > 0:
+        return
     summaries = {temperature: summary(records) for temperature, records in results.items()}
     for temperature, some in summaries.items():
         print(f"{len(problems)} held-out problems, {args.n} samples each, temperature "
@@ -298,6 +329,7 @@ def run(argv=None):
 def main(argv=None):
     """Run, and turn what a user can get wrong into one sentence and exit code 2."""
     try:
+        any_character()
         run(argv)
     except KeyboardInterrupt:
         print("stopped; nothing was written.", file=sys.stderr)
@@ -325,7 +357,7 @@ class Help(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """Bad flags are told in one sentence, like all bad input; a dash and an underscore are the same."""
+    """Bad flags are told in one sentence, as all bad input is; a dash may be an underscore."""
 
     def __init__(self, **options):
         super().__init__(formatter_class=Help, allow_abbrev=False, **options)
@@ -341,6 +373,41 @@ class Parser(argparse.ArgumentParser):
             spelled.append(known.get(flag.replace("_", "-"), flag) + equals + value
                            if flag.startswith("--") else word)
         return super().parse_known_args(spelled, namespace)
+
+
+def any_character():
+    """A terminal or log file that lacks a character shows its number instead, and ends no run."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def rank():
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def world():
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def start_processes(device):
+    """Join the other processes, if torchrun started this one -> (device, activation dtype)."""
+    if "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    device, dtype = pick_device(device)
+    if "RANK" in os.environ:
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+    return device, dtype
+
+
+def leave(code):
+    """End the program. The threads of process groups now and then abort a Python that shuts down,
+    whereupon torchrun ends the other processes, at work or not: so there is no shutting down."""
+    if torch.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def pick_device(name):
@@ -369,54 +436,92 @@ def read_flags(file):
     """The flags.json of a run or of runs/base; ValueError where it is missing, damaged or without
     a task."""
     def reader():
-        flags = {"verifier": None} | json.loads(file.read_text())   # older runs have none
+        lacking = {"verifier": None, "data": None, "eval_data": None}   # older runs, and the base
+        flags = lacking | json.loads(file.read_text())
         return flags | {key: flags[key] for key in SETTING}
     return policy_module.read(file, reader)
 
 
 def leave_out_too_long(task, tokenizer, policy, max_new_tokens):
-    """Drop the problems of a file whose prompt leaves no room for an answer: one of them must not end
-    a night's work -> what there is to say about the file, a list of sentences."""
+    """Drop the problems of a file whose prompt leaves no room for an answer: one of them must not
+    end a night's work -> what there is to say about the file, a list of sentences."""
     if task.problems is None:                          # made up, not read: none is too long
         return []
     room = policy.config.max_position_embeddings - max_new_tokens
 
     def tokens_of(problem):
         prompt = chat(tokenizer, task.system, task.prompt(problem), task.style)
-        return len(tokenizer(prompt).input_ids)
+        return encode(tokenizer, [prompt], "cpu")[0].shape[1]
 
     left_out = task.problems.leave_out(tokens_of, room)
     return task.notes + [f"{task.problems.path}: {left_out} problems are left out: prompts over "
                          f"{room} tokens."] * (left_out > 0)
 
 
+def split(flags):
+    """What a run with these flags trains on, and what it is measured on -> two tasks, or twice the
+    one that holds out a tenth. A problem that stands in --eval-data, too, is not trained on."""
+    if not flags.eval_data:
+        return [make_task(flags)] * 2
+    task = make_task(flags, held_out=0.0)
+    exam = make_task(argparse.Namespace(**vars(flags) | {"data": flags.eval_data}), held_out=1.0)
+    asked, before = {x.question for x in exam.problems.held_out}, len(task.problems.train)
+    task.problems.train = [x for x in task.problems.train if x.question not in asked]
+    if left_out := before - len(task.problems.train):
+        task.notes.append(f"{flags.data}: {left_out} problems are not trained on, as they are "
+                          f"held-out problems of {flags.eval_data}, too.")
+    return task, exam
+
+
+def leave_out_trained(task, runs):
+    """Drop the problems that one of these runs, {name: flags}, was trained on -> what there is to
+    say of it, a list of sentences."""
+    notes = []
+    for name, flags in runs.items():
+        if flags["task"] != "math":
+            continue
+        try:
+            trained = {x.question for x in split(argparse.Namespace(**flags))[0].problems.train}
+        except ValueError as error:                    # its file is gone, say
+            notes.append(f"what {name} was trained on is not known ({error}): it may be asked.")
+            continue
+        before = len(task.problems.held_out)
+        task.problems.held_out = [x for x in task.problems.held_out if x.question not in trained]
+        if left_out := before - len(task.problems.held_out):
+            notes.append(f"{task.problems.path}: {left_out} problems are left out, as {name} was "
+                         "trained on them.")
+    return notes
+
+
 def fingerprint(path):
-    """What tells a data file, or the weights of a model folder, from others: a hash of names, sizes
-    and the first megabyte of each file. A name that is no path here stands for itself."""
+    """What tells a data file, or the weights of a model folder, from others: a hash of the file; of
+    names, sizes and the first megabyte of each. A name that is no path here stands for itself."""
     path = Path(path)
-    total = hashlib.sha256()
+    total, size = hashlib.sha256(), 1 << 20 if path.is_dir() else -1
     for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
         if not file.is_file():
             return str(path)
         with open(file, "rb") as opened:
-            total.update(f"{file.name} {file.stat().st_size} ".encode() + opened.read(1 << 20))
+            total.update(f"{file.name} {file.stat().st_size} ".encode() + opened.read(size))
     return total.hexdigest()
 
 
 def explain(error):
-    """One sentence for what a user can mend. Anything else is a bug of ours: it keeps its traceback."""
+    """One sentence for what a user can mend. Anything else is a bug: it keeps its traceback."""
     text = " ".join(str(error).split())
     if (isinstance(error, (torch.OutOfMemoryError, MemoryError))
             or "tried to allocate" in text or "out of memory" in text):
-        return ("out of memory: lower --rows if this was sampling or evaluation, --micro-batch if it "
-                "was an update.")
+        return ("out of memory: lower --rows if this was sampling or evaluation, --micro-batch if "
+                "it was an update.")
     if "No space left on device" in text:
         return (f"the disk is full ({text}); what was saved before is whole: make room, then go on "
                 "with train.py --resume.")
     if isinstance(error, (ValueError, OSError, SafetensorError)):
         return text
+    if world() > 1 and (isinstance(error, torch.distributed.DistError) or "gloo" in text):
+        return "another process has ended, so this one ends, too."
     raise error
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -26,6 +26,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 try:                           # comes with a torch that was built for CUDA; nothing else needs it
     import triton
@@ -55,6 +56,7 @@ class Policy(nn.Module):
                              "these architectures use silu.")
         self.config = config
         self.dtype = torch.float32                     # of the activations; parameters stay fp32
+        self.recompute = False                         # see `recomputed`: less memory, more time
         self.windows = sliding_windows(config)         # how far back each layer sees; None: all
         self.stop_ids = sorted(ids_of(config.eos_token_id))    # any of these ends an answer
         self.model = Decoder(config)
@@ -92,7 +94,8 @@ class Policy(nn.Module):
                   for window in set(self.windows)}
         x = F.embedding(tokens, self.model.embed_tokens.weight).to(self.dtype)  # (B, T, D)
         for layer, block in enumerate(self.model.layers):
-            x = block(x, rope, attend[self.windows[layer]], layer, cache)
+            call = recomputed if self.recompute and torch.is_grad_enabled() else Block.__call__
+            x = call(block, x, rope, attend[self.windows[layer]], layer, cache)
         if cache is not None:
             cache.length = S
         return self.model.norm(x)
@@ -121,6 +124,24 @@ class Block(nn.Module):
     def forward(self, x, rope, attend, layer, cache):
         x = x + self.self_attn(self.input_layernorm(x), rope, attend, layer, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
+
+
+def recomputed(block, x, rope, attend, layer, cache):
+    """block(...) that keeps its inputs only: the backward pass computes what is inside once more.
+
+    A second call must not add to the cache again, so each has one of its own, filled with what came
+    before; what it then holds goes out as tensors.
+    """
+    def call(x, *past):
+        own = KVCache()
+        own.keys, own.values = list(past[:1]), list(past[1:])
+        return block(x, rope, attend, 0, own), own.keys[0], own.values[0]
+
+    cache = KVCache() if cache is None else cache
+    past = [*cache.keys[layer:layer + 1], *cache.values[layer:layer + 1]]
+    x, k, v = checkpoint(call, x, *past, use_reentrant=False, preserve_rng_state=False)
+    cache.keys[layer:layer + 1], cache.values[layer:layer + 1] = [k], [v]
+    return x
 
 
 class Attention(nn.Module):
@@ -622,6 +643,11 @@ def stop_tokens(folder, tokenizer, more):
     behind = text.rpartition("an-answer")[2].strip()
     ids = tokenizer(behind, add_special_tokens=False).input_ids[:1]
     return found | (set(ids) & tokenizer.added_tokens_decoder.keys())
+
+
+def says_when_it_stops(policy, tokenizer):
+    names = tokenizer.convert_ids_to_tokens(policy.stop_ids)
+    return f"an answer ends with {' or '.join(map(str, names)) or 'nothing but --max-new-tokens'}"
 
 
 def read(what, reader):

@@ -45,7 +45,8 @@ class Rollout:
 def sample(policy, tokenizer, prompts, group_size, max_new_tokens, temperature=1.0, generator=None):
     """Draw `group_size` answers to each of `prompts` (strings ready to tokenise) -> Rollout.
 
-    generator: a torch.Generator on the policy's device, whose state alone decides the draws.
+    generator: a torch.Generator, whose state alone decides the draws. One on the CPU draws the same
+    on every device, and for a batch in pieces what it draws for the whole; a GPU's does neither.
     ValueError for a prompt that does not fit into the model's context together with its answer.
     """
     device, pad = policy.device, tokenizer.pad_token_id
@@ -90,7 +91,8 @@ class Answers:
     def __init__(self, B, room, stop_ids, generator, device):
         # All chance is here, one uniform a token and row by row, so that what a row says depends
         # neither on which others are still going nor on how a batch is cut into pieces.
-        self.uniform = torch.rand(B, room, generator=generator, device=device)
+        where = generator.device if generator else device
+        self.uniform = torch.rand(B, room, generator=generator, device=where).to(device)
         self.tokens = torch.zeros(B, room, dtype=torch.int64, device=device)
         self.logp = torch.zeros(B, room, device=device)
         self.length = torch.full((B,), room, device=device)    # until a stop token says otherwise

@@ -1,7 +1,7 @@
 """The loop, written by hand: sample -> reward -> loss -> update.
 
     python train.py --loss diffsmooth          # tiny policy, Countdown, two CPU cores, minutes
-    python train.py --loss grpo                # the baseline; its table has a column for each of both
+    python train.py --loss grpo                # the baseline; its table has a column for both
 
 One step, in `run`:
 1. Draw G answers to each of some problems; an answer earns 1 or 0.                        collect
@@ -12,12 +12,11 @@ So a loss sees the whole batch, and the update is the same however the batch is 
 (`--micro-batch`, the one memory knob) or over processes (torchrun).
 
 Without --model, the policy is a tiny one that first learns to answer at all, by cross-entropy on
-answers that are right by construction (`warm_start`). It is made once, kept in runs/base, and is the
+answers that are right by construction (`warm_start`). It is made once and kept in runs/base: the
 base that all runs start from and are measured against.
 
 Letters: B rows = prompts x G, the rows of one prompt contiguous; T response length.
 """
-import argparse
 import copy
 import csv
 import functools
@@ -37,14 +36,15 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict)
+    StateDictOptions, get_model_state_dict, get_optimizer_state_dict, get_state_dict,
+    set_model_state_dict, set_optimizer_state_dict)
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import eval as evaluation
 import losses
 import policy as policy_module
-from eval import Parser, explain, pick_device, read_flags, write_json
+from eval import Parser, explain, rank, read_flags, start_processes, world, write_json
 from policy import score
 from rewards import SETTING, add_task_flags, fill_task_flags, make_task
 from sample import Rollout, chat, encode, join, sample, take
@@ -57,32 +57,46 @@ except ImportError:
 
 def run(args, typed):
     """One run, from its base to the table at the end -> exit code. typed: the command line."""
-    device, dtype = start_processes(args)              # as many as torchrun started
+    # What learns, and on what. All that a user can have got wrong is told here, before any step.
+    device, dtype = start_processes(args.device)       # as many as torchrun started
+    check(args)                                        # again: now it is known how many they are
+    if rank() == 0:
+        print(f"{args.loss} on {args.task}, {device}, {torch.get_num_threads()} threads, "
+              f"torch {torch.__version__}", flush=True)
     policy, tokenizer, base = start_policy(args, device, dtype)
+    policy.recompute = args.checkpoint_activations
     task, exam = make_tasks(args, tokenizer, policy)   # to train on; (task, problems) to measure on
     folder = Path(args.out) / args.name
+    files = {"--data": args.data, "--eval-data": args.eval_data, "the base": base}
+    args.files = {what: evaluation.fingerprint(path) for what, path in files.items() if path}
     lock = in_first(lambda: open_run(folder, args))    # held until the process ends
+
+    # The loss with its hyperparameters bound; a frozen copy of the base only where a KL term asks.
     own = {name: getattr(args, name) for name in hyperparameters(args.loss)}
     loss_fn = functools.partial(variants()[args.loss], **own)
     reference = copy.deepcopy(policy).requires_grad_(False) if own.get("beta") else None
     policy = shard(policy)
     optimizer = make_optimizer(policy, args.lr)
-    rng = random.Random(args.seed)                     # draws problems; the generator draws answers
+
+    # Two sources of chance, both saved with every checkpoint: rng draws problems, the same in all
+    # processes; generator draws answers, each process its own.
+    rng = random.Random(args.seed)
     generator = torch.Generator(policy.device).manual_seed(args.seed + 7919 * rank())
-    done = restore(folder, policy, optimizer, rng, generator, args)
+    done = restore(folder, policy, tokenizer, optimizer, rng, generator, args)
     log, bad = open_log(folder / "log.csv", done), 0
     again = command(typed, "--resume")
-    stop = on_signal(f"stopped within a step; go on from the last checkpoint with: {again}", wait=True)
+    stop = on_signal(f"stopped within a step; go on from the last checkpoint with: {again}",
+                     wait=True)
     for step in tqdm(range(done + 1, args.steps + 1), initial=done, total=args.steps,
-                     disable=not sys.stderr.isatty()):
+                     disable=rank() > 0 or not sys.stderr.isatty()):
         began = time.time()
 
         # 1. Draw G answers to each of some problems, and judge them.
         problems, rollout, rewards = collect(policy, tokenizer, task, args, rng, generator)
         sampled = time.time()
 
-        # 2. One loss on the whole batch, one exact gradient. With --updates > 1, on slices of the
-        #    batch: the first is on-policy, and for the others old_logp is of the weights that sampled.
+        # 2. One loss on the whole batch, one exact gradient. With --updates > 1, on slices of it:
+        #    the first is on-policy, the others need the log-probabilities of the sampling weights.
         lr = set_rate(optimizer, learning_rate(step, args))
         ref_logp = score_all(reference, rollout, args) if reference else None
         old_logp = score_all(policy, rollout, args) if args.updates > 1 else None
@@ -97,6 +111,7 @@ def run(args, typed):
                 break
 
         # 3. Say what happened, and save.
+        #    Reward first, loss last: at one update a rollout the loss says next to nothing.
         line = facts(step, task, problems, rollout, rewards, args.group_size)
         line |= {name: value for name, value in stats.items() if not name.startswith("bad")}
         line |= {"lr": lr} | costs(rollout, sampled - began, time.time() - sampled)
@@ -109,10 +124,10 @@ def run(args, typed):
         bad = bad + 1 if stats["bad"] else 0
         if bad == BAD_STEPS:
             newest = max((folder / "checkpoints").glob("*.safetensors"), default="none yet")
-            raise ValueError(f"{BAD_STEPS} steps in a row gave a NaN or infinite gradient; the last "
-                             f"good checkpoint is {newest}: go on from it with --resume and a "
-                             "smaller --lr.")
-        leave = gather(torch.tensor([float(len(stop))])).any()     # a signal, to any of the processes
+            raise ValueError(f"{BAD_STEPS} steps in a row gave a NaN or infinite gradient; the "
+                             f"last good checkpoint is {newest}: go on from it with --resume "
+                             "and a smaller --lr.")
+        leave = gather(torch.tensor([float(len(stop))])).any()     # a signal, to any process
         if step % args.save_every == 0 or step == args.steps or leave:
             save_checkpoint(folder / "checkpoints", policy, optimizer, step, rng, generator)
         if leave:
@@ -122,14 +137,14 @@ def run(args, typed):
     on_signal(f"stopped after the last step, all saved; make the table with: {again}")
     save_model(policy, tokenizer, folder / "model")
     del policy, reference, optimizer                   # their memory is for the table now
-    if args.eval_problems and rank() == 0:
+    if args.eval_problems:
         compare(base, folder, *exam, args, device, dtype)
     return 0
 
 
 def collect(policy, tokenizer, task, args, rng, generator):
-    """Draw problems and answers, and judge them -> (problems, rollout, rewards (B,)), where B rows are
-    this process's prompts x G.
+    """Draw problems and answers, and judge them -> (problems, rollout, rewards (B,)), where the B
+    rows are this process's prompts x G.
 
     --dynamic-sampling N (DAPO): groups that are all right or all wrong are thrown away and drawn
     again, at most N times; if that was not enough, the last draw fills the batch. It is decided on
@@ -143,12 +158,14 @@ def collect(policy, tokenizer, task, args, rng, generator):
     for attempt in range(args.dynamic_sampling + 1):
         drawn = [task.problem(rng) for _ in range(args.prompts)][own]
         prompts = [chat(tokenizer, task.system, task.prompt(x), task.style) for x in drawn]
-        at_once = max(1, args.rows // G)               # their caches are what fills a GPU
+        # The caches of all answers in flight are what fills a GPU, so --rows bounds them.
+        at_once = max(1, args.rows // G)
         rollout = join([sample(policy, tokenizer, prompts[i:i + at_once], G, args.max_new_tokens,
                                args.temperature, generator)
                         for i in range(0, wanted, at_once)], tokenizer.pad_token_id)
         reward = torch.tensor([task.reward(drawn[row // G], text)
                                for row, text in enumerate(rollout.texts)])  # (prompts G,)
+        # Without contrast in a group there is nothing to learn from it in most of the losses.
         accuracy = (reward == 1).view(wanted, G).float().mean(1)            # (prompts,)
         mixed = (accuracy > 0) & (accuracy < 1)
         chosen = torch.argsort(~mixed, stable=True)[:wanted - len(problems)]    # mixed groups first
@@ -200,6 +217,7 @@ def train_step(policy, optimizer, rollout, rewards, loss_fn, group_size, *, temp
         used = [(out, g[chunk]) for out, g in zip(outputs, gradients) if g.any()]
         torch.autograd.backward(*zip(*(used or [(outputs[0], gradients[0][chunk])])))
 
+    # A bad gradient is noticed before it reaches a weight or a moment of AdamW.
     norm = full(torch.nn.utils.clip_grad_norm_(policy.parameters(), grad_clip)).item()
     stats = stats | {"loss": loss.item(), "grad_norm": norm}
     stats["bad"] = not (math.isfinite(norm) and math.isfinite(stats["loss"]))
@@ -228,6 +246,7 @@ def warm_start(policy, tokenizer, task, steps, prompts=64, lr=1e-2, seed=0, say=
             alike = known.setdefault((*sorted(problem.numbers), problem.target), [])
             alike.append(answer)
             fresh.append((task.prompt(problem), alike))
+        # Early on a problem has one known answer, given four times; later they differ.
         texts, answers = [], []
         for text, alike in fresh[:prompts]:
             texts += [text] * G
@@ -246,12 +265,12 @@ BAD_STEPS = 3                 # this many steps in a row with a NaN or infinite 
 # What --resume lets one change: the run's length, what cures a NaN or a lack of memory, and what is
 # shown or saved.
 FREE = ("steps", "lr", "micro_batch", "rows", "save_every", "show_every", "eval_problems",
-        "eval_samples", "eval_temperature", "out", "resume")
+        "eval_samples", "eval_temperature", "out", "resume", "checkpoint_activations", "files")
 
 
 def learning_rate(step, args):
-    """Step 1, 2, ... -> its rate. --lr is reached after --warmup steps, and then falls in a straight
-    line that would be 0 one step after the last. lr 1, warmup 2, steps 5: 0.5, 1, 0.75, 0.5, 0.25."""
+    """Step 1, 2, ... -> its rate. It rises to --lr in --warmup steps, and then falls in a straight
+    line, to 0 one step after the last. lr 1, warmup 2, steps 5: 0.5, 1, 0.75, 0.5, 0.25."""
     warmup = max(1, args.warmup)
     rise = step / warmup
     fall = (args.steps + 1 - step) / max(1, args.steps + 1 - warmup)
@@ -271,8 +290,8 @@ def make_optimizer(policy, lr):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose step is made orthogonal for the matrices of the blocks (Jordan et al. 2024), so
-    that rare directions learn as fast as common ones; AdamW at 0.4 of the rate for all else.
+    """Momentum whose step is made orthogonal for the matrices of the blocks (Jordan et al. 2024),
+    so that rare directions learn as fast as common ones; AdamW at 0.4 of the rate for all else.
 
     The warm start takes half the steps with it. torch.optim.Muon has it too, in bf16 only, which a
     CPU without bf16 units does ten times as slowly.
@@ -296,7 +315,8 @@ class Muon(torch.optim.Optimizer):
             momentum = self.state[w].setdefault("momentum", torch.zeros_like(w))
             momentum.lerp_(w.grad, 0.05)
             update = orthogonal(w.grad.lerp(momentum, 0.95))                # Nesterov's look ahead
-            w.mul_(1 - 0.1 * lr).sub_(update, alpha=0.2 * lr * max(w.shape) ** 0.5)    # AdamW's size
+            size = 0.2 * max(w.shape) ** 0.5           # an entry moves as far as with AdamW
+            w.mul_(1 - 0.1 * lr).sub_(update, alpha=size * lr)
         set_rate(self.others, 0.4 * lr)
         self.others.step()
 
@@ -314,7 +334,7 @@ def orthogonal(x):
 
 
 def score_all(policy, rollout, args):
-    """log-probabilities of the whole rollout, (B, T), without gradient, in chunks of --micro-batch."""
+    """log-probabilities of the whole rollout (B, T), without gradient, in --micro-batch chunks."""
     rows = torch.arange(len(rollout.mask), device=rollout.mask.device)
     with torch.no_grad():
         return torch.cat([score(policy, rollout, chunk, args.group_size, args.temperature)[0]
@@ -360,7 +380,7 @@ def facts(step, task, problems, rollout, rewards, group_size):
 
 
 def costs(rollout, sampling, updating):
-    """Seconds, tokens a second, and the peak of memory so far in GiB (0 where the system is mute)."""
+    """Seconds, tokens a second, and the peak of memory so far in GiB (0 where no one tells)."""
     peak = 0
     if rollout.tokens.is_cuda:
         peak = torch.cuda.max_memory_allocated()
@@ -376,8 +396,9 @@ def open_log(path, done):
     if rank() > 0:
         return None
     lines = path.read_text().splitlines() if done and path.is_file() else []
+    # Lines of steps after the checkpoint would otherwise stand twice, once they are made again.
     aside = path.with_suffix(".tmp")
-    aside.write_text("".join(line + "\n" for line in lines[:done + 1]))     # the head, a line a step
+    aside.write_text("".join(line + "\n" for line in lines[:done + 1]))     # head, a line a step
     os.replace(aside, path)
     return open(path, "a", newline="")
 
@@ -388,7 +409,7 @@ def write_line(log, line):
         writer.writeheader()
     writer.writerow({name: f"{value:.6g}" if isinstance(value, float) else value
                      for name, value in line.items()})
-    log.flush()
+    log.flush()                                        # a killed run keeps its lines
     os.fsync(log.fileno())
 
 
@@ -404,9 +425,9 @@ def command(typed, *more):
 
 
 def on_signal(sentence, wait=False):
-    """From now on Ctrl-C and SIGTERM end the process with `sentence`. With `wait` they are only noted
-    in the list that is returned, and the loop leaves after its step; but the third does not wait
-    (under torchrun each comes twice: from the terminal, and passed on)."""
+    """From now on Ctrl-C and SIGTERM end the process with `sentence`. With `wait` they are only
+    noted in the list that is returned, and the loop leaves after its step; but the third does not
+    wait (under torchrun each comes twice: from the terminal, and passed on)."""
     noted = []
 
     def handler(number, frame):
@@ -423,35 +444,12 @@ def complain(step, stats, rollout, rows):
     """Which rows made the gradient NaN or infinite, with their text."""
     named = [f"row {int(rows[row])} {rollout.texts[rows[row]][:200]!r}"
              for row in stats["bad_rows"]]
-    return (f"step {step} is skipped, weights and optimiser stay as they were: loss {stats['loss']}, "
-            f"gradient norm {stats['grad_norm']}, caused by "
+    return (f"step {step} is skipped, weights and optimiser stay as they were: loss "
+            f"{stats['loss']}, gradient norm {stats['grad_norm']}, caused by "
             f"{', '.join(named[:3]) or 'no row alone'}" + " and others" * (len(named) > 3))
 
 
 # -------------------------------------------------------------------------------- several processes
-
-def rank():
-    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-
-
-def world():
-    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-
-
-def start_processes(args):
-    """Join the other processes of torchrun, if it started this one -> (device, activation dtype)."""
-    if "LOCAL_RANK" in os.environ and torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    device, dtype = pick_device(args.device)
-    if "RANK" in os.environ:
-        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-        torch.distributed.init_process_group(backend)
-        check(args)                                    # again: now it is known how many they are
-    if rank() == 0:
-        print(f"{args.loss} on {args.task}, {device}, {torch.get_num_threads()} threads, "
-              f"torch {torch.__version__}", flush=True)
-    return device, dtype
-
 
 def gather(x):
     """Rows of every process, in process order, padded with 0 to the widest; x itself if alone."""
@@ -461,6 +459,7 @@ def gather(x):
         widest = torch.tensor(x.shape[1], device=x.device)
         torch.distributed.all_reduce(widest, torch.distributed.ReduceOp.MAX)
         x = F.pad(x, (0, int(widest) - x.shape[1]))
+    # Each process drew answers of its own lengths, and all_gather wants one shape.
     parts = [torch.empty_like(x) for _ in range(world())]
     torch.distributed.all_gather(parts, x.contiguous())
     return torch.cat(parts)
@@ -497,12 +496,23 @@ def in_first(action):
     return result
 
 
+def from_first(value):
+    """The first process's value, in every process; no other has to see its files."""
+    values = [value]
+    if world() > 1:
+        torch.distributed.broadcast_object_list(values)
+    return values[0]
+
+
 # -------------------------------------------------------------------------- what a run starts from
 
 def start_policy(args, device, dtype):
     """--model, or the warm-started tiny policy -> (policy, tokenizer, where it lies)."""
     if args.model:
-        return *policy_module.load(args.model, device, dtype), args.model
+        policy, tokenizer = policy_module.load(args.model, device, dtype, args.stop)
+        if rank() == 0:
+            print(policy_module.says_when_it_stops(policy, tokenizer), flush=True)
+        return policy, tokenizer, args.model
     base = Path(args.out) / args.base
     if not (base / "model").is_dir():
         make_base(base, args, device)
@@ -520,10 +530,11 @@ def start_policy(args, device, dtype):
 
 
 def make_base(base, args, device):
-    """Warm-start a tiny policy and save it as the folder `base`, which is there whole or not at all."""
+    """Warm-start a tiny policy and save it as the folder `base`, whole or not at all."""
     if world() > 1:
         raise ValueError(f"'{base}' is not there yet: make it once in a single process, without "
                          "torchrun.")
+    # flags.json and the model are written at the end: a killed warm start leaves no half a base.
     policy, tokenizer = policy_module.tiny(seed=args.seed)
     fill_task_flags(args, tokenizer)
     task = make_task(args)
@@ -541,10 +552,7 @@ def make_tasks(args, tokenizer, policy):
     fill_task_flags(args, tokenizer)
     if getattr(args, "max_len", 0) is None:            # dr_grpo divides by the longest answer
         args.max_len = args.max_new_tokens
-    task = judge = make_task(args, held_out=0.0 if args.eval_data else 0.1)
-    if args.eval_data:
-        flags = argparse.Namespace(**vars(args) | {"data": args.eval_data})
-        judge = make_task(flags, held_out=1.0)
+    task, judge = evaluation.split(args)
     for each in {task: None, judge: None}:             # in this order, and once if they are one
         notes = evaluation.leave_out_too_long(each, tokenizer, policy, args.max_new_tokens)
         if rank() == 0 and notes:
@@ -569,13 +577,18 @@ def open_run(folder, args):
             if before.get(key) != now and key not in FREE:
                 raise ValueError(f"--resume goes on with the run's own flags, but {key} was "
                                  f"{before.get(key)} and is {now} now.")
+        for what, mark in before.get("files", {}).items():     # older runs have none
+            if args.files[what] != mark:
+                raise ValueError(f"--resume goes on with the run's own files, but {what} has "
+                                 "changed since it began.")
         for key in ("lr", "steps"):
             if before.get(key) != getattr(args, key):
                 falls = key == "steps" and args.schedule == "linear"
                 print(f"{key} was {before.get(key)} and is {getattr(args, key)} from here on"
                       + ", and the learning rate falls to 0 there" * falls + ".")
     elif args.resume:
-        raise ValueError(f"there is no run to resume in '{folder}': without --resume it is started.")
+        raise ValueError(f"there is no run to resume in '{folder}': without --resume it is "
+                         "started.")
     elif folder.exists() and {file.name for file in folder.iterdir()} - {"lock", "flags.json.tmp"}:
         raise ValueError(f"'{folder}' is not empty and holds no run: choose another --name.")
     folder.mkdir(parents=True, exist_ok=True)
@@ -596,9 +609,11 @@ def lock_file(path):
     return file
 
 
-def restore(folder, policy, optimizer, rng, generator, args):
+def restore(folder, policy, tokenizer, optimizer, rng, generator, args):
     """With --resume, the newest checkpoint -> steps done. Then the run's flags are written down."""
     done = 0
+    # What cannot be saved is told now, not after a night.
+    in_first(lambda: policy_module.try_to_save(policy, tokenizer, folder / "model"))
     if args.resume:
         done = load_checkpoint(folder / "checkpoints", policy, optimizer, rng, generator)
     if rank() == 0:
@@ -612,8 +627,8 @@ def restore(folder, policy, optimizer, rng, generator, args):
 # ------------------------------------------------------------------------------------- checkpoints
 
 def save_checkpoint(folder, policy, optimizer, step, rng, generator):
-    """One safetensors file with weights, optimiser state and all random states, on disk whole or not
-    at all; the last two are kept. Sharded state is gathered in the first process only."""
+    """One safetensors file with weights, optimiser state and all random states, on disk whole or
+    not at all; the last two are kept. Sharded state is gathered in the first process only."""
     from safetensors.torch import save_file
     gathered = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights, optimiser = get_state_dict(policy, optimizer, options=gathered)
@@ -624,6 +639,7 @@ def save_checkpoint(folder, policy, optimizer, step, rng, generator):
     for name, moments in optimiser["state"].items():
         tensors |= {f"{key}.{name}": value for key, value in moments.items()}
     facts = {"step": str(step), "rng": json.dumps(rng.getstate())}
+    # safetensors notices a file cut short, but no flipped bit.
     facts["digest"] = digest(tensors, facts)
     file = folder / f"{step:07d}.safetensors"
     aside = folder / "next.tmp"                        # what a killed save left in it goes first
@@ -636,7 +652,7 @@ def save_checkpoint(folder, policy, optimizer, step, rng, generator):
     os.replace(aside / file.name, file)
     aside.rmdir()
     files = sorted(folder.glob("*.safetensors"))
-    place = files.index(file)                          # later ones are damaged: we began before them
+    place = files.index(file)                          # later ones are damaged: it began before
     for other in files[:max(0, place - 1)] + files[place + 1:]:
         other.unlink()
 
@@ -644,43 +660,39 @@ def save_checkpoint(folder, policy, optimizer, step, rng, generator):
 def load_checkpoint(folder, policy, optimizer, rng, generator):
     """Restore the newest whole checkpoint in place -> its step, 0 if the run was stopped before the
     first. A damaged one is named, and the one before it is used."""
-    from safetensors import safe_open
-    found = in_first(lambda: newest_whole(folder))     # (step, tensors), in the first process
-    step = int(gather(torch.tensor([found[0] if found else 0]))[0])
-    if step == 0:
+    facts, tensors = in_first(lambda: newest_whole(folder)) or (None, {})
+    facts, generators = from_first((facts, tensors.pop("generator", None)))
+    if facts is None:
         return 0
-    file = folder / f"{step:07d}.safetensors"
-    with safe_open(file, framework="pt") as opened:
-        facts, generators = opened.metadata(), opened.get_tensor("generator")
-        shapes = {name: opened.get_slice(f"weight.{name}").get_shape()
-                  for name, _ in policy.named_parameters() if f"weight.{name}" in opened.keys()}
-    if shapes != {name: list(w.shape) for name, w in policy.named_parameters()}:
-        raise ValueError(f"{file} is of another model than the one the run starts from now.")
-    tensors, weights, moments = found[1] if found else {}, {}, {}
+    weights, moments = {}, {}                          # empty in all but the first process
     for key, value in tensors.items():
         kind, _, name = key.partition(".")
         if kind == "weight":
             weights[name] = value
-        elif kind != "generator":
+        else:
             moments.setdefault(name, {})[kind] = value
-    # The first process hands out what it has read; the others hold their own shards only.
+    if from_first({name: w.shape for name, w in weights.items()}) != {
+            name: w.shape for name, w in policy.named_parameters()}:
+        raise ValueError(f"'{folder}' is of another model than the one the run starts from now.")
+    # The first process hands out what it has read; the others hold their own shards only. In two
+    # calls: set_state_dict would take the empty `weights` of the others for "no weights at all".
     scattered = StateDictOptions(full_state_dict=True, broadcast_from_rank0=world() > 1)
-    _, optimiser = get_state_dict(policy, optimizer, options=scattered)
+    optimiser = get_optimizer_state_dict(policy, optimizer)
     optimiser["state"] = moments
-    set_state_dict(policy, optimizer, model_state_dict=weights, optim_state_dict=optimiser,
-                   options=scattered)
+    set_model_state_dict(policy, weights, options=scattered)
+    set_optimizer_state_dict(policy, optimizer, optimiser, options=scattered)
     version, internal, gauss = json.loads(facts["rng"])
     rng.setstate((version, tuple(internal), gauss))
     if len(generators) == world():
         generator.set_state(generators[rank()].clone())
     elif rank() == 0:
-        print(f"the run had {len(generators)} processes and has {world()} now: it goes on with other "
-              "draws.")
-    return step
+        print(f"the run had {len(generators)} processes and has {world()} now: it goes on with "
+              "other draws.")
+    return int(facts["step"])
 
 
 def newest_whole(folder):
-    """(step, tensors) of the newest checkpoint that is not damaged; None where there is none yet."""
+    """(facts, tensors) of the newest checkpoint that is not damaged; None if there is none yet."""
     from safetensors import SafetensorError, safe_open
     damaged = []
     for file in sorted(folder.glob("*.safetensors"), reverse=True):
@@ -695,7 +707,7 @@ def newest_whole(folder):
             continue
         if damaged:
             print(f"{', '.join(damaged)}; going on from {file.name}.", file=sys.stderr)
-        return int(facts["step"]), tensors
+        return facts, tensors
     if damaged:
         raise ValueError(f"'{folder}' holds no usable checkpoint: {', '.join(damaged)}. Start anew "
                          "under another --name.")
@@ -712,7 +724,7 @@ def digest(tensors, facts):
 
 
 def save_model(policy, tokenizer, path):
-    """The trained policy as a folder that transformers opens; sharded weights are gathered first."""
+    """The trained policy as a folder that transformers opens; sharded weights are gathered."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = get_model_state_dict(policy, options=options)
     if rank() == 0:
@@ -721,21 +733,33 @@ def save_model(policy, tokenizer, path):
 
 def compare(base, folder, task, problems, args, device, dtype):
     """The table at the end: the base, this run, and every finished run beside it that was measured
-    alike, on the same held-out problems. What was measured before is read from eval.json."""
+    alike, on the same held-out problems. What was measured before is read from eval.json.
+
+    The processes share the problems out. Only the first has the run's folder; the others begin with
+    the base and are sent the weights."""
     setting = {key: getattr(args, key) for key in SETTING} | {
         "n": args.eval_samples, "temperature": args.eval_temperature}
-    beside = measured_alike(folder.parent, setting, problems, evaluation.fingerprint(base))
+    # Records are kept under a fingerprint of the weights that they are of: what has not changed is
+    # not measured again, and what has changed is.
+    beside = from_first(in_first(lambda: measured_alike(folder.parent, setting, problems,
+                                                        args.files["the base"])))
     models = {}
     for name, where in (("base", base), (args.name, folder / "model")):
-        known, mark = beside.pop(name, None), evaluation.fingerprint(where)
+        known, mark = beside.pop(name, None), from_first(evaluation.fingerprint(where))
         if known is None or known["fingerprint"] != mark:
-            policy, tokenizer = policy_module.load(where, device, dtype)
+            policy, tokenizer = policy_module.load(where if rank() == 0 else base, device,
+                                                   dtype, args.stop)
+            for w in policy.parameters() if world() > 1 else []:
+                torch.distributed.broadcast(w.detach(), 0)
             generator = torch.Generator(policy.device).manual_seed(0)
             records = evaluation.evaluate(policy, tokenizer, task, problems, args.eval_samples,
                                           args.max_new_tokens, args.eval_temperature, generator,
                                           args.rows)
             known = {"fingerprint": mark, "loss": args.loss, "records": records}
+            del policy                                 # one model at a time
         models[name] = known
+    if rank() > 0:
+        return
     write_json(folder / "eval.json", {"setting": setting, "flags": vars(args), "models": models})
     shown = {"base": models["base"]} | beside | {args.name: models[args.name]}
     summaries = evaluation.summary({name: model["records"] for name, model in shown.items()})
@@ -746,13 +770,14 @@ def compare(base, folder, task, problems, args, device, dtype):
         print(evaluation.chart(summaries))
     print(f"log, model and table are in {folder}")
     other = "diffsmooth" if args.loss == "grpo" else "grpo"
+    # Someone who has typed one command should read its table against the other.
     if other not in (model["loss"] for model in beside.values()):
         print(f"To read it against {other}, on the same problems: python train.py --loss {other}")
 
 
 def measured_alike(out, setting, problems, base):
-    """{name: {"fingerprint", "loss", "records"}} of the base and of every finished run in the folder
-    `out` with this task, number of samples, temperature, base (a fingerprint) and these problems."""
+    """{name: {"fingerprint", "loss", "records"}} of the base and of every finished run in `out`
+    with this task, number of samples, temperature, base (a fingerprint) and these problems."""
     wanted, found = json.dumps([setting, [list(problem) for problem in problems]]), {}
     for file in sorted(out.glob("*/eval.json")):
         try:
@@ -788,8 +813,9 @@ def parse(argv):
     flag = parser.add_argument_group("what is optimised").add_argument
     flag("--loss", default="diffsmooth", help="one of: " + ", ".join(variants()))
     flag("--model", help="the base: a folder or hub name; without it, a tiny policy, made once")
-    flag("--base", default="base", help="the tiny policy's folder in --out; another for another task")
+    flag("--base", default="base", help="the tiny policy's folder in --out; one a task")
     flag("--warm-steps", type=int, default=500, help="steps of cross-entropy that make it")
+    flag("--stop", nargs="+", default=[], help="with --model: further tokens that end an answer")
     own = parser.add_argument_group()                  # filled in below
     add_task_flags(parser)
     flag = parser.add_argument_group("one step").add_argument
@@ -798,7 +824,7 @@ def parse(argv):
     flag("--temperature", type=float, default=1.0, help="of sampling, and of every log-probability")
     flag("--dynamic-sampling", type=int, default=0,
          help="redraw groups that are all right or all wrong, at most this often")
-    flag("--updates", type=int, default=1, help="optimiser steps a rollout, on parts of the prompts")
+    flag("--updates", type=int, default=1, help="optimiser steps a rollout, each on a part")
     flag("--grad-clip", type=float, default=1.0, help="largest gradient norm")
     flag = parser.add_argument_group("how far and how fast").add_argument
     flag("--steps", type=int, default=1000, help="rollouts")
@@ -818,12 +844,15 @@ def parse(argv):
     flag("--save-every", type=int, default=50, help="steps between checkpoints")
     flag("--show-every", type=int, default=25, help="steps between two answers shown in full")
     flag("--seed", type=int, default=0, help="of problems and answers")
-    flag = parser.add_argument_group("the machine; for less memory, lower the first two").add_argument
+    flag = parser.add_argument_group("the machine; less memory: the first two").add_argument
     flag("--micro-batch", type=int, default=0, help="rows in one forward and backward; 0: all")
     flag("--rows", type=int, default=1024, help="answers sampled at once")
+    flag("--checkpoint-activations", action="store_true",
+         help="keep a layer's input only and compute the rest again: long answers, a third slower")
     flag("--device", help="cuda, cpu or mps; without it, cuda where there is one")
 
     # Which loss it is decides which other flags there are.
+    # Their names and defaults are read from the function's signature, so a new loss needs no line.
     known, _ = parser.parse_known_args(argv)
     if known.loss not in variants():
         raise ValueError(f"unknown loss '{known.loss}'; these exist: {', '.join(variants())}.")
@@ -861,12 +890,12 @@ def check(args):
          "--temperature must be above 0: training scores what was sampled.")
     need(0 < args.eval_temperature < math.inf, "--eval-temperature must be above 0.")
     need(args.model or args.task == "countdown" and args.prompt in (None, "bare"),
-         "the tiny policy knows digits and operators only: --task math and --prompt other than bare "
-         "need --model.")
+         "the tiny policy knows digits and operators only: --task math and --prompt other than "
+         "bare need --model.")
     need(0 < args.lr < math.inf and args.grad_clip > 0, "--lr and --grad-clip must be above 0.")
     need(0 <= args.seed < 2 ** 63, "--seed must be from 0 to 2**63 - 1.")
     need(args.name != "base" and (args.name != args.base or args.model),
-         "--name and --base must differ, and no run is called base: it is kept apart from the runs.")
+         "--name and --base must differ, and no run is called base: it is kept apart.")
     need(args.task == "math" or args.eval_data is None, "--eval-data belongs to --task math.")
     need(args.prompts % args.updates == 0,
          f"--updates {args.updates} does not divide --prompts {args.prompts}.")
@@ -890,9 +919,10 @@ def check_loss(args):
 def main(argv=None):
     """Run, and turn what a user can get wrong into one sentence and exit code 2."""
     try:
+        evaluation.any_character()
         on_signal(f"stopped before the first step; start again with: {command(argv)}")
         return run(parse(argv), argv)
-    except KeyboardInterrupt as interrupt:             # from on_signal: in the loop a signal only ends the step
+    except KeyboardInterrupt as interrupt:             # from on_signal
         number, sentence = interrupt.args
         print(sentence, file=sys.stderr)
         return 128 + number
@@ -902,9 +932,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    code = main()
-    if torch.distributed.is_initialized():             # its threads now and then abort a Python that shuts down, whereupon
-        sys.stdout.flush()                             # torchrun ends the other processes, at work or not: so no shutting down
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+    evaluation.leave(main())

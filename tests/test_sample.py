@@ -14,7 +14,7 @@ from transformers import (LlamaConfig, MinistralConfig, MistralConfig, PreTraine
 
 import policy as policy_module
 import sample as sampling
-from rewards import countdown_reward
+from rewards import Countdown, countdown_reward
 from sample import chat, draw, encode, sample, texts_of
 from test_losses import check, claim
 
@@ -326,6 +326,31 @@ def test_seeds_and_rows():
     assert one.texts == same.texts and torch.equal(one.logp, same.logp), "same seed, same text"
     assert one.texts != other.texts, "another seed, other text"
     assert len(set(one.texts[:4])) > 1, "rows of a group must differ"
+
+
+@pytest.mark.parametrize("sharing", [(), ("cpu", "cuda")], ids=["apart", "shared"])
+def test_a_batch_in_pieces_draws_what_the_whole_draws(sharing, device, monkeypatch):
+    """So memory knobs change no answer: pieces of some prompts, and pieces of one group."""
+    monkeypatch.setattr(sampling, "SHARING", sharing)
+    policy, tokenizer = build(device=device)
+    whole = sample(policy, tokenizer, PROMPTS, 6, 14, 1.0, torch.Generator().manual_seed(0)).texts
+    for pieces in ([(PROMPTS[:2], 6), (PROMPTS[2:], 6)], [([prompt], G) for prompt in PROMPTS for G in (4, 2)]):
+        generator = torch.Generator().manual_seed(0)
+        texts = [text for prompts, G in pieces for text in sample(policy, tokenizer, prompts, G, 14, 1.0, generator).texts]
+        assert texts == whole, f"pieces of {[len(prompts) * G for prompts, G in pieces]} rows"
+
+
+def test_rows_change_no_evaluation():
+    from eval import evaluate
+    policy, tokenizer = build()
+    task = Countdown()
+    problems, records = task.held_out_problems(5), []
+    for rows in (64, 16, 8, 3):                        # all at once; two problems; one; one in pieces of 3, 3 and 2
+        generator = torch.Generator().manual_seed(0)
+        records.append(evaluate(policy, tokenizer, task, problems, 8, 12, generator=generator, rows=rows))
+    for other in records[1:]:
+        for a, b in zip(records[0], other):
+            assert a["nats"] == pytest.approx(b["nats"], rel=1e-5) and (a["c"], a["tokens"]) == (b["c"], b["tokens"])
 
 
 def test_shared_prefill_is_separate_prefill():

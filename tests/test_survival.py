@@ -602,11 +602,110 @@ def test_runs_are_measured_on_their_own_task(crime, capsys):
     (crime / "measured.json").unlink()
 
 
+# --------------------------------------------------------------------------------------------- data, terminals, memory
+
+def questions(path, numbers, word="What is"):
+    path.write_text("".join(json.dumps({"problem": f"{word} {i}+{i}?", "answer": str(2 * i)}) + "\n" for i in numbers))
+    return str(path)
+
+
+def go_math(base, tmp_path, *flags):
+    return train.main(["--task", "math", "--model", str(base / "base" / "model"), "--loss", "grpo", "--steps", "1", "--prompts", "2",
+                       "--group-size", "2", "--max-new-tokens", "8", "--eval-samples", "2", "--device", "cpu", "--out", str(tmp_path),
+                       *map(str, flags)])
+
+
+def test_a_math_run_is_measured_on_what_it_was_not_trained_on(base, tmp_path, capsys):
+    """By train.py and by eval.py: its own held-out tenth; of another file what is new; and an exam is not trained on."""
+    data, exam = questions(tmp_path / "d.jsonl", range(100)), questions(tmp_path / "exam.jsonl", range(95, 110))
+    def measured(*flags):
+        capsys.readouterr()
+        assert evaluation.main([*map(str, flags), "--n", "2", "--device", "cpu", "--json", str(tmp_path / "x.json")]) == 0
+        records = json.loads((tmp_path / "x.json").read_text())["records"]["0.7"]
+        return {record["problem"][0] for record in next(iter(records.values()))}, capsys.readouterr().out
+    assert go_math(base, tmp_path, "--data", data, "--name", "own") == 0
+    records = json.loads((tmp_path / "own" / "eval.json").read_text())["models"]["own"]["records"]
+    own = {record["problem"][0] for record in records}
+    assert 1 <= len(own) < 30
+    for flags in ([], ["--data", data]):
+        asked, text = measured(tmp_path / "own", *flags)
+        assert asked == own and f"{100 - len(own)} problems are left out, as {tmp_path / 'own'} was trained on them" in text
+    asked, _ = measured(tmp_path / "own", "--data", exam)
+    old = {f"What is {i}+{i}?" for i in range(100)}
+    assert len(asked) >= 10 and not asked & (old - own), "asked what it was trained on"
+
+    capsys.readouterr()
+    assert go_math(base, tmp_path, "--data", data, "--eval-data", exam, "--name", "other") == 0
+    text = capsys.readouterr().out
+    assert f"{data}: 5 problems are not trained on, as they are held-out problems of {exam}, too." in text
+    assert "15 held-out problems" in text and len(measured(tmp_path / "other")[0]) == 15
+    asked, _ = measured(tmp_path / "other", "--data", data)
+    assert asked == {f"What is {i}+{i}?" for i in range(95, 100)}, "all else was trained on"
+    assert go_math(base, tmp_path, "--data", data, "--eval-data", data, "--name", "same") == 2
+    assert "leaves no problem to train on" in capsys.readouterr().err
+    os.unlink(data)
+    assert f"what {tmp_path / 'own'} was trained on is not known" in measured(tmp_path / "own", "--data", exam)[1]
+
+
+def test_an_exam_problem_without_room_is_left_out(base, tmp_path, capsys):
+    data, exam = questions(tmp_path / "d.jsonl", range(20)), tmp_path / "exam.jsonl"
+    questions(exam, [10 ** 600, *range(30, 34)])
+    assert go_math(base, tmp_path, "--data", data, "--eval-data", exam) == 0
+    text = capsys.readouterr().out
+    assert f"{exam}: 1 problems are left out: prompts over 504 tokens" in text and "4 held-out problems" in text
+    assert evaluation.main([str(tmp_path / "grpo"), "--n", "2", "--device", "cpu", "--json", str(tmp_path / "x.json")]) == 0
+    assert "4 held-out problems" in capsys.readouterr().out
+
+
+def test_resume_notices_other_data_and_another_start(base, tmp_path, capsys):
+    data, model = questions(tmp_path / "d.jsonl", range(50)), tmp_path / "model"
+    shutil.copytree(base / "base" / "model", model)
+    flags = "--data", data, "--model", model, "--eval-problems", 0
+    assert go_math(base, tmp_path, *flags) == 0
+    questions(tmp_path / "d.jsonl", range(50), "How much is")
+    assert go_math(base, tmp_path, *flags, "--resume") == 2
+    assert "but --data has changed since it began" in capsys.readouterr().err
+    questions(tmp_path / "d.jsonl", range(50))
+    weights, tokenizer = policy_module.load(model)
+    next(weights.parameters()).data[0] += 1
+    policy_module.save(weights, tokenizer, model)
+    assert go_math(base, tmp_path, *flags, "--resume") == 2
+    assert "but the base has changed since it began" in capsys.readouterr().err
+
+
+def test_a_terminal_that_lacks_a_character_loses_nothing(monkeypatch):
+    import io
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(io.BytesIO(), "cp1252"))
+    assert train.main(["--loss", "因此"]) == 2 and evaluation.main(["答案/答案"]) == 2
+    sys.stderr.flush()
+    assert sys.stderr.buffer.getvalue().count(b"\\u") >= 4
+
+
+def test_the_optimiser_is_gone_when_the_table_is_made(base, monkeypatch):
+    """What tensors are alive then, counted in models: the one that is measured, and not the one of before."""
+    import gc
+    alive, evaluate = [], evaluation.evaluate
+    def spy(policy, *rest):
+        size, storages = sum(w.nbytes for w in policy.parameters()), {}
+        for x in gc.get_objects():
+            for y in (x, x.grad if x.is_leaf else None) if isinstance(x, torch.Tensor) else ():
+                if y is not None and y.nbytes > size / 1000:
+                    storages[y.untyped_storage().data_ptr()] = y.untyped_storage().nbytes()
+        alive.append(sum(storages.values()) / size)
+        return evaluate(policy, *rest)
+    monkeypatch.setattr(evaluation, "evaluate", spy)
+    before = sum(x.nbytes for x in gc.get_objects() if isinstance(x, torch.Tensor))     # what other tests have left
+    size = sum(w.nbytes for w in policy_module.load(base / "base" / "model")[0].parameters())
+    assert go(base, "--loss", "grpo", "--beta", 0.1, "--steps", 1, "--name", "lean", "--eval-problems", 2, "--eval-samples", 2) == 0
+    assert len(alive) == 2 and max(alive) < 2 + before / size, f"alive: {alive} models, {before / size} of them from before"
+
+
 # ---------------------------------------------------------------------------------------------------------- odd batches
 
 class Odd:
     """A task with any prompts and any reward."""
-    style, system = "bare", ""
+    style, system, problems, notes = "bare", "", None, []
 
     def __init__(self, prompts, reward):
         self.prompts, self.calls, self.verdict = prompts, 0, reward
@@ -630,13 +729,13 @@ class Odd:
 
 def run_odd(base, monkeypatch, name, task, stop_ids=None, *flags):
     """A run of this task -> its log as floats, and whether the weights moved. stop_ids: (vocabulary) -> what ends answers."""
-    load, make_task = policy_module.load, train.make_task
+    load, make_task = policy_module.load, evaluation.make_task
     def loaded(*args):
         policy, tokenizer = load(*args)
         policy.stop_ids = policy.stop_ids if stop_ids is None else stop_ids(policy.config.vocab_size)
         return policy, tokenizer
     monkeypatch.setattr(policy_module, "load", loaded)
-    monkeypatch.setattr(train, "make_task", lambda *args, **kwargs: make_task(*args, **kwargs) and task)    # fills in flags
+    monkeypatch.setattr(evaluation, "make_task", lambda *args, **kwargs: make_task(*args, **kwargs) and task)    # fills in flags
     assert go(base, "--steps", 6, "--name", name, *flags) == 0
     log = [{key: float(value) for key, value in row.items()} for row in rows(base, name)]
     assert all(value == value and abs(value) < 1e9 for row in log for value in row.values()), f"a NaN in the log: {log}"

@@ -5,6 +5,7 @@ keys of another row's prompt, left padding read, gradient averaged over chunks o
 advantages formed per chunk, old log-probabilities taken after the first update, bf16 master weights, a NaN that reaches
 the weights, a resumed run that repeats problems or draws, a damaged checkpoint that is believed, a run overwritten.
 """
+import argparse
 import copy
 import functools
 import json
@@ -134,6 +135,24 @@ def test_any_micro_batch_gives_the_plain_gradient(loss, micro_batch):
         f"micro-batch {micro_batch}: gradient off by {(gradient(policy) - plain).abs().max():.1e}"
 
 
+@pytest.mark.parametrize("micro_batch", [None, 5])
+def test_activations_computed_again_give_the_same_gradient_from_less_memory(micro_batch):
+    """The prompts' keys are in a cache that a second forward must not extend; all prompts but one are padded."""
+    gradients, kept = [], []
+    for recompute in (False, True):
+        policy, tokenizer = small()
+        rollout, policy.recompute = rollout_of(policy, tokenizer, 0.7), recompute
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+            train.train_step(policy, Still(policy), rollout, REWARDS, BONUS, G, temperature=0.7, micro_batch=micro_batch,
+                             grad_clip=1e9)
+        gradients.append(gradient(policy))
+        kept.append(sum(sizes))
+    plain, again = gradients
+    assert plain.norm() > 1e-3 and (plain - again).norm() < 1e-5 * plain.norm(), "another gradient"
+    assert kept[1] < kept[0], "nothing was computed again"
+
+
 @core("train_step")
 def test_the_stop_token_is_trained():
     """One answer that is nothing but the stop token: raising it must move the weights, and raise exactly it."""
@@ -199,6 +218,7 @@ import test_train as t, train
 torch.distributed.init_process_group("gloo")
 torch.set_num_threads(1)
 policy, tokenizer = t.small()
+policy.recompute = train.world() > 1                        # shards and activations that are made again go together
 rollout = t.rollout_of(policy, tokenizer, 0.7, ("4 7 2 9,24=", "1 1,2=", "3 9 9,7=", "2 2,4="))
 rollout.response[9:12], rollout.mask[9:12] = rollout.response[8], rollout.mask[8]     # one process has few different answers
 rewards = torch.tensor([1., 0, 0, 1, 0, 0, 0, 1, 1, 1, 1, 1, 0, 0, 1, 0])
@@ -331,7 +351,7 @@ def test_dynamic_sampling_keeps_mixed_groups_and_is_bounded():
     policy, tokenizer = small()
     flags = dict(group_size=G, prompts=3, max_new_tokens=4, temperature=1.0, rows=5)    # rows: one prompt at a time
     for redraws, mixed in ((0, 1), (1, 2), (2, 3), (9, 3)):
-        args = train.argparse.Namespace(**flags, dynamic_sampling=redraws)
+        args = argparse.Namespace(**flags, dynamic_sampling=redraws)
         problems, rollout, rewards = train.collect(policy, tokenizer, Scripted(), args, random.Random(0),
                                                    torch.Generator().manual_seed(0))
         assert len(problems) == 3 and len(rewards) == len(rollout.texts) == 12, "the batch must be full"
@@ -342,7 +362,7 @@ def test_dynamic_sampling_keeps_mixed_groups_and_is_bounded():
 def test_the_learning_rate_rises_and_falls_by_hand():
     """lr 1, warmup 2, 5 steps: up in two, then down by a quarter a step, 0 one step after the last."""
     def rates(steps, warmup, schedule="linear"):
-        args = train.argparse.Namespace(lr=1.0, steps=steps, warmup=warmup, schedule=schedule)
+        args = argparse.Namespace(lr=1.0, steps=steps, warmup=warmup, schedule=schedule)
         return [train.learning_rate(step, args) for step in range(1, steps + 1)]
     assert rates(5, 2) == [0.5, 1.0, 0.75, 0.5, 0.25]
     assert rates(4, 0) == [1.0, 0.75, 0.5, 0.25], "without a rise it falls from the start"

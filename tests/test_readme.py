@@ -1,0 +1,95 @@
+"""README and code say the same: its commands parse, what it names exists, its tables are complete, and it stays short.
+
+Bugs killed here: a flag that was renamed, a function that moved, a loss or a log column that the README does not know.
+"""
+import ast
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import eval as evaluation
+import train
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+INLINE = re.findall(r"`([^`\n]+)`", README)
+FILES = {path.stem: path for path in [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py"), *ROOT.glob("tests/bench/*.py")]}
+
+
+def commands():
+    """Each command line of a code block, and each one in backticks that names no placeholder."""
+    blocks = re.findall(r"```bash\n(.*?)```", README, re.S) + re.findall(r"(?:^    \S.*\n)+", README, re.M)
+    lines = [line for block in blocks for line in re.sub(r"\\\n\s*", " ", block).splitlines()]
+    lines += [text for text in INLINE if not re.search(r"\b(NAME|FOLDER|OUT)\b|\.\.\.", text)]
+    words = [shlex.split(line, comments=True) for line in lines if re.search(r"(train|eval)\.py ", line)]
+    return [line for line in words if {"train.py", "eval.py"} & {*line}]
+
+
+def test_there_are_commands_to_check():
+    assert len(commands()) >= 6
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_every_command_parses(words):
+    program = "train.py" if "train.py" in words else "eval.py"
+    flags = words[words.index(program) + 1:]
+    assert words[:words.index(program)] == ["python"] or words[0] == "torchrun", words
+    if "--help" in flags:
+        flags.remove("--help")
+    (train if program == "train.py" else evaluation).parse(flags)
+
+
+def names_in(path):
+    """Functions, classes, and methods as Class.method, of a file."""
+    found = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            found |= {node.name, *(f"{node.name}.{f.name}" for f in ast.walk(node) if isinstance(f, ast.FunctionDef))}
+    return found
+
+
+def test_every_function_that_is_named_exists():
+    checked = 0
+    for text in INLINE:
+        module, _, name = text.partition(".")
+        if module in FILES and name and name != "py" and re.fullmatch(r"[\w.]+", name):
+            assert name in names_in(FILES[module]), f"README names {text}, which is not there"
+            checked += 1
+    everything = set().union(*(names_in(path) for path in ROOT.glob("*.py")))
+    reading = README.partition("## Reading")[2].partition("\n## ")[0].partition("| file |")[0]
+    for name in re.findall(r"`([A-Za-z_]+)`", reading):
+        assert name in everything | {"group_size", "logp", "old_logp", "ref_logp", "mask", "entropy", "rewards"}, name
+        checked += 1
+    assert checked > 10
+
+
+def test_every_file_that_is_named_exists():
+    named = {*re.findall(r"[\w/]*\w\.(?:py|md|txt|png)\b", README)} - {"pass.png", "frontier.png", "my_losses.py"}
+    for name in named:
+        assert (ROOT / name).is_file() or list(ROOT.glob(f"tests/**/{name}")), f"README names {name}, which is not there"
+    assert len(named) > 10
+
+
+def table_under(heading):
+    """The first cell of each row of the first table below a heading."""
+    text = README.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("|")][2:]
+    return [name for row in rows for name in re.findall(r"`(\w+)`", row)]
+
+
+def test_the_table_of_losses_is_the_list_of_losses():
+    assert sorted(table_under("The losses")) == sorted(train.variants())
+
+
+def test_the_table_of_columns_is_the_log(tmp_path):
+    from test_train import TOY
+    out = ["--out", str(tmp_path), "--warm-steps", "2", "--steps", "1", "--loss", "diffsmooth"]
+    assert train.main([*TOY.split(), *out]) == 0
+    head = (tmp_path / "diffsmooth" / "log.csv").read_text().splitlines()[0].split(",")
+    assert sorted([*table_under("What a line says"), "step"]) == sorted([*head, "kl"]), "kl needs --beta"
+
+
+def test_it_stays_short():
+    assert len(README.splitlines()) <= 250 and len(README.split()) <= 2600

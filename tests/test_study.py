@@ -1,0 +1,180 @@
+"""The study: what it concludes from runs that are made up, so that every number can be worked out
+by hand; and a run of two steps, which being measured on the way must not change.
+
+Bugs killed here: seeds pooled that one of the two has not, a verdict from the interval alone, a
+setting chosen by large k, a trade called a gain, Pass@1 compared at unequal Pass@64, a path that
+moves the run.
+"""
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import train
+
+sys.path.insert(0, str(Path(__file__).parent / "bench"))
+import study                                           # noqa: E402
+import study_page                                      # noqa: E402
+
+GRPO, SMOOTH = "--loss grpo --lr 1e-4", "--loss diffsmooth --gamma_p 0.2 --lr 1e-4"
+
+
+def line(*shares):
+    """A finished run on 100 problems, a share for each temperature. A share s: that part is always
+    solved, the rest never. A pair (a, b): what lies between the two is solved one time in 64, so
+    that Pass@1 is a + (b - a) / 64 and Pass@64 is b."""
+    tests = {}
+    for temperature, share in zip(study.TEMPERATURES, shares):
+        low, high = share if isinstance(share, tuple) else (share, share)
+        always, sometimes = round(100 * low), round(100 * (high - low))
+        c = [64] * always + [1] * sometimes + [0] * (100 - always - sometimes)
+        tests[temperature] = {"c": c, "distinct": 1.0, "sigma": 0.0}
+    return {"commit": "abc", "seconds": 3600, "path": [], "test": tests}
+
+
+def seen(results):
+    return study.Study(results, "many", [4, 5, 6])
+
+
+def both(ours, grpo):
+    """Of smoothing and of GRPO a share, or one for each seed -> a study of the two."""
+    results = {}
+    for flags, shares in ((SMOOTH, ours), (GRPO, grpo)):
+        shares = shares if isinstance(shares, list) else [shares] * 3
+        for seed, share in zip((4, 5, 6), shares):
+            results[study.name_of("many", flags, seed)] = line(*[share] * 4)
+    return seen(results)
+
+
+def test_the_score_weighs_k_1_as_much_as_the_rest():
+    """One of two problems always solved, the other one time in 64: its Pass@k is k / 64, so Pass@1
+    is 50.78125 and the mean of Pass@2 .. 64 is 50 + 50 * (126 / 64) / 6 = 66.40625."""
+    curve = study.PASS[[64, 1]].mean(0)
+    assert curve @ study.COLUMNS["score"] == pytest.approx((50.78125 + 66.40625) / 2)
+
+
+def test_settings_are_kept_by_the_score_and_smoothing_gets_the_rates_too():
+    results = {study.name_of("many", flags, 0): {"score": score}
+               for flags, score in zip(study.METHODS["diffsmooth"], (41, 40, 43))}
+    assert study.kept(seen({}), "diffsmooth") == SMOOTH, "before all are tried: the middle one"
+    strongest = "--loss diffsmooth --gamma_p 0.4 --lr "
+    assert study.tried(seen(results), "diffsmooth")[3:] == [strongest + "5e-5", strongest + "2e-4"]
+    assert study.kept(seen(results), "diffsmooth") == SMOOTH, "two rates are still to be tried"
+    results[study.name_of("many", strongest + "5e-5", 0)] = {"score": 44}
+    results[study.name_of("many", strongest + "2e-4", 0)] = {"score": 20}
+    assert study.kept(seen(results), "diffsmooth") == strongest + "5e-5"
+    assert study.at_rates(seen(results), "diffsmooth") == [strongest + "5e-5", strongest + "1e-4"]
+    names = study.wanted(seen(results), ["diffsmooth", "grpo"])
+    assert study.name_of("many", strongest + "5e-5", 4) in names
+    assert study.name_of("many", strongest + "5e-5 --steps 2000", 6) in names
+    assert study.name_of("many", GRPO, 4) not in names, "grpo is not tuned yet"
+
+
+@pytest.mark.parametrize("ours, grpo, verdict", [
+    (0.5, 0.3, "shown"),
+    (0.3, 0.5, "contradicted"),
+    (0.4, 0.4, "not shown"),
+    ([0.5, 0.5, 0.3], [0.3, 0.3, 0.31], "not shown"),  # the interval lies above 0, one seed below
+    ((0.3, 0.9), (0.5, 0.5), "contradicted"),          # a trade: less at k = 1, more at k = 64
+    ((0.4, 0.9), (0.4, 0.5), "shown"),                 # level at k = 1, more from k = 2 on
+])
+def test_verdict_at_every_k(ours, grpo, verdict):
+    assert study_page.compare(both(ours, grpo), SMOOTH, GRPO)[0] == verdict
+
+
+def test_only_seeds_that_both_have_are_compared():
+    study_ = both([0.5, 0.5, 0.9], 0.3)
+    del study_.results[study.name_of("many", GRPO, 6)]
+    verdict, numbers = study_page.compare(study_, SMOOTH, GRPO)
+    assert numbers.startswith("T 0.7: +20.0 [") and numbers.endswith("seeds 4, 5")
+    for seed in (4, 5):
+        del study_.results[study.name_of("many", GRPO, seed)]
+    assert study_page.compare(study_, SMOOTH, GRPO) is None
+
+
+def test_the_interval_is_that_of_eval():
+    x = np.random.default_rng(1).normal(size=(2, 3, 50))           # (settings, seeds, problems)
+    found = study_page.gain(study_page.lead, x)
+    picks = np.random.default_rng(0).integers(0, 50, (2000, 50))
+    by_eval = study.evaluation.interval((x[0] - x[1]).mean(0), picks)
+    assert {key: getattr(found, key) for key in by_eval} == pytest.approx(by_eval)
+
+
+def test_samples_for_the_same_pass_at_64():
+    """Half of the problems have one right answer in 64: Pass@k is 100 k / 128, 12.5 at k = 16."""
+    found = study_page.gain(study_page.samples_needed, np.stack([
+        study.PASS[[[1] * 50 + [0] * 50]], np.full((1, 100, 64), 12.5)]))
+    assert found.mean == 16 and found.low <= 16 <= found.high
+
+
+def test_envelope_by_hand():
+    """A curve from (40, 50) to (30, 70), (Pass@1, Pass@64): a Pass@64 of 60 goes with 35, one below
+    50 with 40, one above 70 with nothing. A second curve through (38, 60) is higher there."""
+    one, two = [[40, 50], [30, 70]], [[38, 60], [20, 65]]
+    levels = np.array([[45.0], [60], [70], [71]])
+    curves = np.array([one, two], dtype=float)[:, :, None]                  # (rates, T, R, 2)
+    for curves, highest in ((curves[:1], [40, 35, 30, -np.inf]), (curves, [40, 38, 30, -np.inf])):
+        assert study_page.envelope(curves, levels)[:, 0].tolist() == pytest.approx(highest)
+
+
+def test_gain_over_the_frontier_by_hand():
+    """GRPO from (40, 50) to (30, 70), ours from (42, 55) to (32, 75). From 50 to 55 ours has 42,
+    GRPO 40 falling to 37.5; from 55 to 70 both fall by half a point a point, 4.5 apart. So +2 at
+    the cold end, +4.5 at the hot one; 21 levels, a point apart: (2 + 2.5 .. 4 + 16 * 4.5) / 21."""
+    grpo, ours = [[40, 50], [30, 70]], [[42, 55], [32, 75]]
+    points = np.array([ours, grpo], dtype=float)[:, None]                   # (rates, R, T, 2)
+    parts = {part: study_page.outside(points, 1, part)[0] for part in ("cold", "hot", "mean")}
+    assert parts == pytest.approx({"cold": 2, "hot": 4.5, "mean": (15 + 16 * 4.5) / 21})
+
+
+def test_a_colder_grpo_is_no_gain_over_its_frontier():
+    """Ours at T 0.7 is GRPO at T 0.4: ahead at k = 1 at equal T, not at all over the frontier."""
+    shares = [(0.5, 0.6), (0.4, 0.7), (0.3, 0.8), (0.2, 0.9)]
+    results = {study.name_of("many", flags, seed): line(*curve)
+               for flags, curve in ((SMOOTH, [shares[0], *shares[:3]]), (GRPO, shares),
+                                    ("--loss grpo --lr 5e-5", shares)) for seed in (4, 5, 6)}
+    verdict, numbers = study_page.compare_frontier(seen(results), "diffsmooth")
+    assert verdict == "not shown" and "+0.0 [+0.0, +0.0] in the mean" in numbers
+    del results[study.name_of("many", "--loss grpo --lr 5e-5", 5)]
+    assert study_page.compare_frontier(seen(results), "diffsmooth")[1].endswith("seeds 4, 6")
+
+
+def test_the_page_copes_with_whatever_is_finished(monkeypatch, capsys):
+    monkeypatch.setattr(study_page, "solutions", lambda task: np.array([1, 3]))
+    study_page.print_page({}, ["many", "one"], [4])
+    missing = "not yet measured on `many`, not yet measured on `one`"
+    assert capsys.readouterr().out.count(missing) == 15
+    results = both(0.5, 0.3).results
+    results["many: base"] = line(*[(0.1, 0.9)] * 4) | {"path": [[0, [1, 2, 3]]]}
+    results[study.name_of("many", GRPO, 0)] = {"commit": "abc", "seconds": 0, "score": 40.0}
+    study_page.print_page(results, ["many", "one"], [4, 5, 6])
+    page = capsys.readouterr().out
+    assert "Pass@1 rises and Pass@64 falls: shown on `many`, not yet measured on `one`" in page
+    assert "both with lr 1e-4: shown on `many`" in page and "7.0 hours" in page
+    assert "| diffsmooth | 3 | 50.0 ± 0.0 |" in page and "(40.0)" in page
+
+
+def test_a_run_is_measured_on_its_way_and_stays_the_same(monkeypatch, tmp_path):
+    small = ("--loss entropy --entropy_coef 0.1 --steps 2 --prompts 2 --group-size 2 "
+             "--warm-steps 1 --max-new-tokens 4 --save-every 1")
+    before = {sign: signal.getsignal(sign) for sign in (signal.SIGINT, signal.SIGTERM)}
+    weights = []
+    for path in ((1, 2), ()):
+        with monkeypatch.context() as patch:
+            patch.setattr(study, "PROBLEMS", 2)
+            patch.setattr(study, "PATH", path)
+            patch.setattr(study, "TEMPERATURES", ["0.7"])
+            patch.setattr(train, "save_checkpoint", train.save_checkpoint)  # what is put back
+            name = f"many: {small} --show-every {1 + len(path)}, seed 4"
+            assert study.run_one(tmp_path, name) == 0
+        place = study.place_of(tmp_path, name)
+        made = study.read(place.with_name(place.name + ".json"))
+        assert [step for step, _ in made["path"]] == list(path)
+        assert len(made["test"]["0.7"]["c"]) == 2
+        weights.append((place / "model" / "model.safetensors").read_bytes())
+    for sign, handler in before.items():
+        signal.signal(sign, handler)
+    assert weights[0] == weights[1]
+    assert weights[0] != (tmp_path / "many/base/model/model.safetensors").read_bytes()
