@@ -6,7 +6,7 @@
 
 A mutant is one file with one or two small edits. It is graded in a temporary copy of the repo by the tests of that
 file alone (`TESTS`), up to the first that fails. An edit whose text does not occur exactly once is an error: the list
-has to follow the code. Exit code 1 if a mutant survives. Some two minutes on two cores.
+has to follow the code. Exit code 1 if a mutant survives. Some five minutes on two cores.
 """
 import contextlib
 import importlib
@@ -247,8 +247,8 @@ EVAL = [
      "-k record"),
     ("parsed means correct", ("judged[text][1] is not None for text in texts",
                               "judged[text][0] for text in texts"), "-k record"),
-    ("any reward is correct", ("task.reward(problem, text) == 1.0",
-                               "task.reward(problem, text) >= 0.0"), "-k record"),
+    ("any reward is correct", ("task.reward(problem, text) == 1,",
+                               "task.reward(problem, text) >= 0,"), "-k record"),
     ("counts pooled over problems", ('[100 * pass_at_k(n, r["c"], k) for r in records]',
      '[100 * pass_at_k(n * len(records), sum(r["c"] for r in records), k)] * len(records)'),
      "-k averages"),
@@ -259,7 +259,7 @@ EVAL = [
      ("interval(x - values[first][name], picks)",
       "interval(x - values[first][name][np.random.permutation(size)], picks)"), "-k paired"),
     ("the last answers of a large group are not drawn",
-     ("range(0, n, answers_at_once)", "range(0, n - answers_at_once + 1, answers_at_once)"),
+     ("range(0, n, answers_at_once):     #", "range(0, n - answers_at_once + 1, answers_at_once):  #"),
      "-k evaluate_ends"),
     ("answers given to another problem", ("answers[row // G].append(fact)",
                                           "answers[row % len(batch)].append(fact)"),
@@ -415,10 +415,10 @@ SAMPLE = [
                             "device=device).repeat(group_size)    # (B,)"), "-k neighbours"),
     ("greedy decoding", ("token = draw(all_logp.exp(), self.uniform[rows, count]) ",
                          "token = all_logp.argmax(-1) "), "-k seeds_and_rows"),
-    ("one chance for all rows", ("torch.rand(B, room, generator=generator, device=device)",
-     "torch.rand(1, room, generator=generator, device=device).repeat(B, 1)"), "-k seeds_and_rows"),
-    ("the generator is not used", ("torch.rand(B, room, generator=generator, device=device)",
-                                   "torch.rand(B, room, device=device)"), "-k seeds_and_rows"),
+    ("one chance for all rows", ("torch.rand(B, room, generator=generator, device=where)",
+     "torch.rand(1, room, generator=generator, device=where).repeat(B, 1)"), "-k seeds_and_rows"),
+    ("the generator is not used", ("torch.rand(B, room, generator=generator, device=where)",
+                                   "torch.rand(B, room, device=where)"), "-k seeds_and_rows"),
     ("tokens drawn from a sharpened softmax", ("draw(all_logp.exp(), ", "draw((2 * all_logp).exp(), "),
      "-k draws_follow"),
     ("a token of probability 0 is drawn", ("right=True)[:, 0]", "right=False)[:, 0]"),
