@@ -20,6 +20,7 @@ resampled problems serve all models.
 """
 import argparse
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -190,13 +191,9 @@ def chart(summaries, height=12):
 def plot(summaries, file, title):
     """{temperature: summaries} as a picture. One temperature: Pass@k against k, with intervals as
     bands. Several: the frontier, Pass@1 against Pass@(largest k up to 64), a curve a model."""
-    try:
-        import matplotlib
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise ValueError("--plot needs matplotlib, which is not among the requirements: "
-                         "pip install matplotlib.")
+    import matplotlib
+    matplotlib.use("Agg")                              # no screen is needed
+    import matplotlib.pyplot as plt
     figure, axes = plt.subplots(figsize=(6, 4.5))
     models = next(iter(summaries.values()))
     ks, _ = curve(next(iter(models.values())))
@@ -251,7 +248,11 @@ def parse(argv):
         raise ValueError("--n, --problems and --rows must be at least 1.")
     if not all(0 < temperature < math.inf for temperature in args.temperatures):
         raise ValueError("--temperature must be above 0.")
-    for file in (Path(args.json), Path(args.plot or "plot.png")):     # now, not after an hour
+    # What can be told now is not told after an hour.
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--plot needs matplotlib, which is not among the requirements: "
+                         "pip install matplotlib.")
+    for file in (Path(args.json), Path(args.plot or "plot.png")):
         if file.is_dir() or not file.parent.is_dir():
             raise ValueError(f"'{file}' cannot be written: it must be a file in a folder that "
                              "exists.")

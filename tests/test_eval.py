@@ -159,6 +159,13 @@ def test_several_temperatures_give_a_table_each_and_flags_may_be_spelt_either_wa
     assert hot > cold and written["flags"]["max_new_tokens"] == 6
 
 
+def test_a_picture_without_its_package_is_told_before_the_work(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluation.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(policy_module, "load", lambda *args: pytest.fail("it went to work"))
+    assert evaluation.main(["some/model", "--plot", str(tmp_path / "x.png")]) == 2
+    assert "pip install matplotlib" in capsys.readouterr().err
+
+
 def test_a_fingerprint_tells_files_and_models_apart(tmp_path):
     policy, tokenizer = policy_module.tiny(width=32, layers=1, heads=2, kv_heads=1, inner=32)
     policy_module.save(policy, tokenizer, tmp_path / "one")

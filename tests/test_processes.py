@@ -102,6 +102,7 @@ def main(folder):
     codes = together(2, lambda: train.main(command), folder / "trained")
     (run / "eval.json").rename(folder / "two.json")
     codes += together(1, lambda: train.main([*command, "--resume"]), folder / "tabled")
+    (run / "eval.json").rename(folder / "one.json")
     for n in (1, 2):
         measured = [str(base / "model"), str(run), "--n", "3", "--problems", "5", "--rows", "6", "--device", "cpu", "--json"]
         codes += together(n, lambda: evaluation.main([*measured, str(folder / f"eval{n}.json")]), folder / f"eval{n}")
@@ -139,15 +140,15 @@ def test_a_run_goes_on_with_more_or_fewer_processes(done):
         assert ours.keys() == theirs.keys() and len(ours) > 40
         for name in ours:
             assert torch.allclose(ours[name], theirs[name], rtol=1e-4, atol=1e-6), f"{folder}, step {step}: {name} differs"
-    moved = tensors(done / "one" / "0000001.safetensors")
-    assert all((moved[name] != theirs[name]).any() for name in moved if name.startswith("weight"))
+    before = tensors(done / "one" / "0000002.safetensors")
+    assert all((before[name] != theirs[name]).any() for name in before if name.startswith("weight")), "nothing moved"
     assert (done / "two" / "0000003.safetensors").read_bytes() == (done / "again" / "0000003.safetensors").read_bytes()
     assert "it goes on with other draws" in (done / "said.0").read_text()
 
 
 def test_a_table_is_shared_out_and_stays_the_same(done):
     """5 problems in batches of 2, 2 and 1: the first process has two of these. One table and one file."""
-    two, one = (json.loads(file.read_text())["models"] for file in (done / "two.json", done / "runs" / "run" / "eval.json"))
+    two, one = (json.loads(file.read_text())["models"] for file in (done / "two.json", done / "one.json"))
     assert two == one and all(len(model["records"]) == 5 for model in one.values())
     one, two = (json.loads((done / f"eval{n}.json").read_text())["records"] for n in (1, 2))
     assert one == two and one["0.7"]["run"] != one["0.7"]["model"]
