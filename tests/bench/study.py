@@ -154,7 +154,8 @@ def run_one(out, name):
     def measure(policy, part, temperature):
         """-> a record a problem; problems and draws are those of train.py's table."""
         tokenizer = policy_module.tiny()[1]
-        judge = evaluation.make_task(args, tokenizer)
+        train.fill_task_flags(args, tokenizer)
+        judge = train.make_task(args)
         problems = judge.held_out_problems(2 * PROBLEMS)[part]
         return evaluation.evaluate(policy, tokenizer, judge, problems, SAMPLES, args.max_new_tokens,
                                    float(temperature), torch.Generator().manual_seed(0))

@@ -263,7 +263,9 @@ def solutions(task):
     """Of the test problems, how many different ones each has."""
     import policy as policy_module
     import train
-    judge = evaluation.make_task(train.parse(TASKS[task].split()), policy_module.tiny()[1])
+    flags = train.parse(TASKS[task].split())
+    train.fill_task_flags(flags, policy_module.tiny()[1])
+    judge = train.make_task(flags)
     return np.array([len(judge.solutions(x)) for x in judge.held_out_problems(PROBLEMS)])
 
 
