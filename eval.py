@@ -252,6 +252,11 @@ def parse(argv):
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("--plot needs matplotlib, which is not among the requirements: "
                          "pip install matplotlib.")
+    if args.plot:
+        from matplotlib.backend_bases import FigureCanvasBase
+        ending = Path(args.plot).suffix[1:] or "png"
+        if ending not in FigureCanvasBase.filetypes:
+            raise ValueError(f"--plot: '{ending}' is no picture format; png, pdf and svg are some.")
     for file in (Path(args.json), Path(args.plot or "plot.png")):
         if file.is_dir() or not file.parent.is_dir():
             raise ValueError(f"'{file}' cannot be written: it must be a file in a folder that "

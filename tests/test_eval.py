@@ -166,6 +166,13 @@ def test_a_picture_without_its_package_is_told_before_the_work(tmp_path, monkeyp
     assert "pip install matplotlib" in capsys.readouterr().err
 
 
+def test_a_picture_of_no_known_format_is_told_before_the_work(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(policy_module, "load", lambda *args: pytest.fail("it went to work"))
+    assert evaluation.main(["some/model", "--plot", str(tmp_path / "x.xyz")]) == 2
+    assert "'xyz' is no picture format" in capsys.readouterr().err
+
+
 def test_a_fingerprint_tells_files_and_models_apart(tmp_path):
     policy, tokenizer = policy_module.tiny(width=32, layers=1, heads=2, kv_heads=1, inner=32)
     policy_module.save(policy, tokenizer, tmp_path / "one")
