@@ -249,6 +249,10 @@ def parse(argv):
     if not all(0 < temperature < math.inf for temperature in args.temperatures):
         raise ValueError("--temperature must be above 0.")
     # What can be told now is not told after an hour.
+    for file in (Path(args.json), Path(args.plot or "plot.png")):
+        if file.is_dir() or not file.parent.is_dir():
+            raise ValueError(f"'{file}' cannot be written: it must be a file in a folder that "
+                             "exists.")
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("--plot needs matplotlib, which is not among the requirements: "
                          "pip install matplotlib.")
@@ -257,10 +261,6 @@ def parse(argv):
         ending = Path(args.plot).suffix[1:] or "png"
         if ending not in FigureCanvasBase.filetypes:
             raise ValueError(f"--plot: '{ending}' is no picture format; png, pdf and svg are some.")
-    for file in (Path(args.json), Path(args.plot or "plot.png")):
-        if file.is_dir() or not file.parent.is_dir():
-            raise ValueError(f"'{file}' cannot be written: it must be a file in a folder that "
-                             "exists.")
     return args
 
 

@@ -59,7 +59,9 @@ def run(args, typed):
     """One run, from its base to the table at the end -> exit code. typed: the command line."""
     # What learns, and on what. All that a user can have got wrong is told here, before any step.
     device, dtype = start_processes(args.device)       # as many as torchrun started
-    check(args)                                        # again: now it is known how many they are
+    if args.prompts // args.updates % world():
+        raise ValueError(f"{world()} processes do not divide the {args.prompts // args.updates} "
+                         "prompts of an update.")
     if rank() == 0:
         print(f"{args.loss} on {args.task}, {device}, {torch.get_num_threads()} threads, "
               f"torch {torch.__version__}", flush=True)
@@ -899,8 +901,6 @@ def check(args):
     need(args.task == "math" or args.eval_data is None, "--eval-data belongs to --task math.")
     need(args.prompts % args.updates == 0,
          f"--updates {args.updates} does not divide --prompts {args.prompts}.")
-    need(args.prompts // args.updates % world() == 0, f"{world()} processes do not divide the "
-         f"{args.prompts // args.updates} prompts of an update.")
     check_loss(args)
 
 
