@@ -485,7 +485,7 @@ TRAIN = [
     ("the last step has rate 0", ("fall = (args.steps + 1 - step) /",
                                   "fall = (args.steps - step) /"), "-k falls_by_hand"),
     ("Muon without looking ahead", ("orthogonal(w.grad.lerp(momentum, 0.95))",
-                                    "orthogonal(momentum)"), "-k step_of_muon and 64"),
+                                    "orthogonal(momentum)"), "-k step_of_muon"),
     ("all-right groups pass dynamic sampling", ("mixed = (accuracy > 0) & (accuracy < 1)",
                                                 "mixed = accuracy > 0"), "-k dynamic_sampling"),
     ("dynamic sampling keeps equal groups", ("chosen = chosen[mixed[chosen]]", "pass"),
