@@ -184,13 +184,13 @@ def test_a_step_of_muon_is_orthogonal_and_as_torch_makes_it(shape):
     assert (singular[large] > 0.6).all() and (singular < 1.25).all(), singular
     policy, _ = small()
     theirs = copy.deepcopy(policy)
-    for w, v in zip(policy.parameters(), theirs.parameters()):
-        w.grad = torch.randn(w.shape, generator=torch.Generator().manual_seed(w.numel()))
-        v.grad = w.grad.clone()
     before = copy.deepcopy(policy)
     ours, rest = train.Muon(policy, 0.01), [w for w in theirs.model.layers.parameters() if w.dim() == 2]
     peer = torch.optim.Muon(rest, lr=0.01, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
-    for _ in range(3):
+    for step in range(3):                              # other gradients each time, or looking ahead would not show
+        for w, v in zip(policy.parameters(), theirs.parameters()):
+            w.grad = torch.randn(w.shape, generator=torch.Generator().manual_seed(step))
+            v.grad = w.grad.clone()
         ours.step(), peer.step()
     moved = [(a - b, c - b) for a, b, c in zip(*(model.model.layers.parameters() for model in (policy, before, theirs))) if a.dim() == 2]
     assert all((mine - his).norm() < 0.05 * his.norm() for mine, his in moved), "not torch's step"
