@@ -307,8 +307,8 @@ def run(argv=None):
         if not problems:
             raise ValueError(f"'{args.data}' holds no problem to evaluate on.")
         if results[args.temperatures[0]] and problems != asked:
-            raise ValueError(f"'{name}' has another context than the model before it, so that other "
-                             "problems fit: measure it alone.")
+            raise ValueError(f"'{name}' has another context than the model before it, so other "
+                             "problems fit into it: measure it alone.")
         asked = problems
         label = Path(name).name
         label = name if label in results[args.temperatures[0]] else label
