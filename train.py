@@ -77,6 +77,7 @@ def run(args, typed):
     own = {name: getattr(args, name) for name in hyperparameters(args.loss)}
     loss_fn = functools.partial(variants()[args.loss], **own)
     reference = copy.deepcopy(policy).requires_grad_(False) if own.get("beta") else None
+    # Sharded first: the optimiser's moments then are sharded as their weights are.
     policy = shard(policy)
     optimizer = make_optimizer(policy, args.lr)
 
@@ -87,6 +88,8 @@ def run(args, typed):
     done = restore(folder, policy, tokenizer, optimizer, rng, generator, args)
     log, bad = open_log(folder / "log.csv", done), 0
     again = command(typed, "--resume")
+    # Ctrl-C is noted, and the loop leaves after its step, where weights, moments, random states
+    # and log agree with each other.
     stop = on_signal(f"stopped within a step; go on from the last checkpoint with: {again}",
                      wait=True)
     for step in tqdm(range(done + 1, args.steps + 1), initial=done, total=args.steps,
@@ -103,6 +106,7 @@ def run(args, typed):
         ref_logp = score_all(reference, rollout, args) if reference else None
         old_logp = score_all(policy, rollout, args) if args.updates > 1 else None
         for rows in torch.arange(len(rewards), device=policy.device).chunk(args.updates):
+            # A slice of contiguous rows: whole groups, because --updates divides --prompts.
             stats = train_step(
                 policy, optimizer, take(rollout, rows), rewards[rows], loss_fn, args.group_size,
                 temperature=args.temperature, micro_batch=args.micro_batch,
@@ -123,19 +127,22 @@ def run(args, typed):
             if step % args.show_every == 0 or step == done + 1:
                 tqdm.write(f"    {task.prompt(problems[0])!r} -> {rollout.texts[0]!r}  "
                            f"reward {rewards[0]:.0f}")
+        # One bad batch is bad luck, and is skipped; several in a row will not mend themselves.
         bad = bad + 1 if stats["bad"] else 0
         if bad == BAD_STEPS:
             newest = max((folder / "checkpoints").glob("*.safetensors"), default="none yet")
             raise ValueError(f"{BAD_STEPS} steps in a row gave a NaN or infinite gradient; the "
                              f"last good checkpoint is {newest}: go on from it with --resume "
                              "and a smaller --lr.")
-        leave = gather(torch.tensor([float(len(stop))])).any()     # a signal, to any process
+        # All leave after the same step: one that went on alone would wait for the others for ever.
+        leave = gather(torch.tensor([float(len(stop))])).any()
         if step % args.save_every == 0 or step == args.steps or leave:
             save_checkpoint(folder / "checkpoints", policy, optimizer, step, rng, generator)
         if leave:
             tqdm.write(f"stopped after step {step}, all saved; go on with: {again}")
             return 128 + max(stop, default=signal.SIGTERM)
 
+    # From here on nothing can be lost: Ctrl-C ends the process at once.
     on_signal(f"stopped after the last step, all saved; make the table with: {again}")
     save_model(policy, tokenizer, folder / "model")
     del policy, reference, optimizer                   # their memory is for the table now
@@ -153,6 +160,8 @@ def collect(policy, tokenizer, task, args, rng, generator):
     accuracy, never on a shaped reward.
     """
     G, wanted = args.group_size, args.prompts // world()
+    # Every process draws the whole list of problems and answers its own part of it, so the batch
+    # holds the same problems however many processes share it.
     own = slice(rank() * wanted, (rank() + 1) * wanted)
     # One number from the run's state a step, however many attempts follow.
     rng = random.Random(rng.getrandbits(64))
@@ -173,6 +182,7 @@ def collect(policy, tokenizer, task, args, rng, generator):
         chosen = torch.argsort(~mixed, stable=True)[:wanted - len(problems)]    # mixed groups first
         if attempt < args.dynamic_sampling:
             chosen = chosen[mixed[chosen]]
+        # From places of problems to places of their rows.
         rows = (chosen[:, None] * G + torch.arange(G)).flatten()
         problems += [drawn[i] for i in chosen.tolist()]
         rollouts.append(take(rollout, rows.to(policy.device)))
@@ -204,6 +214,7 @@ def train_step(policy, optimizer, rollout, rewards, loss_fn, group_size, *, temp
     mask = gather(rollout.mask)
     loss, stats = loss_fn(logp, old_logp, mask, gather(rewards), group_size, entropy=entropy,
                           ref_logp=ref_logp)
+    # Many losses use no entropy: it then has no gradient (None).
     gradients = torch.autograd.grad(loss, [logp, entropy], allow_unused=True)
 
     # Push this process's rows of it through the model. Sharded gradients are averaged over the
@@ -300,6 +311,7 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(self, policy, lr):
+        # The embedding is a table of rows, not a map: its step is AdamW's.
         matrices = [w for w in policy.model.layers.parameters() if w.dim() == 2]
         chosen = {id(w) for w in matrices}
         super().__init__(matrices, {"lr": lr})
@@ -315,7 +327,7 @@ class Muon(torch.optim.Optimizer):
         lr = self.param_groups[0]["lr"]
         for w in self.param_groups[0]["params"]:
             momentum = self.state[w].setdefault("momentum", torch.zeros_like(w))
-            momentum.lerp_(w.grad, 0.05)
+            momentum.lerp_(w.grad, 0.05)               # a mean of some twenty gradients
             update = orthogonal(w.grad.lerp(momentum, 0.95))                # Nesterov's look ahead
             size = 0.2 * max(w.shape) ** 0.5           # an entry moves as far as with AdamW
             w.mul_(1 - 0.1 * lr).sub_(update, alpha=size * lr)
@@ -370,6 +382,7 @@ def facts(step, task, problems, rollout, rewards, group_size):
         return gather(x.float()).mean().item()
 
     device = rewards.device
+    # Two answers are one where they differ by order or brackets only: 1+2 and (2+1).
     forms = [task.canonical(text) for text in rollout.texts]                # None where none parses
     right = [form if reward == 1 else None for form, reward in zip(forms, rewards.tolist())]
     distinct = [len({*right[i:i + group_size]} - {None}) for i in range(0, len(right), group_size)]
@@ -384,6 +397,7 @@ def facts(step, task, problems, rollout, rewards, group_size):
 def costs(rollout, sampling, updating):
     """Seconds, tokens a second, and the peak of memory so far in GiB (0 where no one tells)."""
     peak = 0
+    # On a GPU its own memory is what runs out, elsewhere the process's.
     if rollout.tokens.is_cuda:
         peak = torch.cuda.max_memory_allocated()
     elif resource:
@@ -477,6 +491,7 @@ def shard(policy):
     if world() == 1:
         return policy
     from torch.distributed.fsdp import fully_shard
+    # A block at a time, so that one block's gradients travel while the next is computed.
     for block in policy.model.layers:
         fully_shard(block, reshard_after_forward=False)
     # Weights stay gathered between forwards, so that sampling needs no traffic.
@@ -494,6 +509,7 @@ def in_first(action):
         except Exception as raised:
             error = raised
     if gather(torch.tensor([float(error is not None)])).any():
+        # Its own error in the first; the others end with it instead of waiting for it.
         raise error or ValueError("the first process ended the run and says why.")
     return result
 
@@ -521,6 +537,7 @@ def start_policy(args, device, dtype):
     policy, tokenizer = policy_module.load(base / "model", device, dtype)
     fill_task_flags(args, tokenizer)
     made = read_flags(base / "flags.json")
+    # An older base may lack characters; its answers would then be read as unknown tokens.
     if tokenizer.unk_token_id in tokenizer(policy_module.CHARACTERS).input_ids:
         raise ValueError(f"'{base}' was made with another tokenizer, which lacks some of "
                          f"'{policy_module.CHARACTERS}': name another base with --base.")
@@ -575,6 +592,7 @@ def open_run(folder, args):
             raise ValueError(f"'{folder}' holds a run already: go on with --resume, or choose "
                              "another --name.")
         before = read_flags(folder / "flags.json")
+        # The union: a flag that this version has and the run's had not, or the other way round.
         for key, now in (before | vars(args)).items():
             if before.get(key) != now and key not in FREE:
                 raise ValueError(f"--resume goes on with the run's own flags, but {key} was "
@@ -583,6 +601,7 @@ def open_run(folder, args):
             if args.files[what] != mark:
                 raise ValueError(f"--resume goes on with the run's own files, but {what} has "
                                  "changed since it began.")
+        # These may change, but change what is learned from here on: it is said.
         for key in ("lr", "steps"):
             if before.get(key) != getattr(args, key):
                 falls = key == "steps" and args.schedule == "linear"
@@ -599,6 +618,7 @@ def open_run(folder, args):
 
 def lock_file(path):
     """Hold `path` until this process ends, however it ends; ValueError if another one holds it."""
+    # The system lets go of it with the process, kill -9 included: no lock is ever left behind.
     file = open(path, "w")
     try:
         import fcntl
@@ -634,6 +654,7 @@ def save_checkpoint(folder, policy, optimizer, step, rng, generator):
     from safetensors.torch import save_file
     gathered = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights, optimiser = get_state_dict(policy, optimizer, options=gathered)
+    # Each process draws answers of its own: all of their random states, in process order.
     generators = gather(generator.get_state()[None])                        # (processes, bytes)
     if rank() > 0:
         return
@@ -651,6 +672,7 @@ def save_checkpoint(folder, policy, optimizer, step, rng, generator):
     save_file(tensors, aside / file.name, metadata=facts)
     with open(aside / file.name, "rb+") as written:
         os.fsync(written.fileno())
+    # On the disk first, then renamed: after a power cut there is the whole file or none.
     os.replace(aside / file.name, file)
     aside.rmdir()
     files = sorted(folder.glob("*.safetensors"))
@@ -685,6 +707,7 @@ def load_checkpoint(folder, policy, optimizer, rng, generator):
     set_optimizer_state_dict(policy, optimizer, optimiser, options=scattered)
     version, internal, gauss = json.loads(facts["rng"])
     rng.setstate((version, tuple(internal), gauss))
+    # Bit for bit only with as many processes as before: each draws from a state of its own.
     if len(generators) == world():
         generator.set_state(generators[rank()].clone())
     elif rank() == 0:
@@ -697,6 +720,7 @@ def newest_whole(folder):
     """(facts, tensors) of the newest checkpoint that is not damaged; None if there is none yet."""
     from safetensors import SafetensorError, safe_open
     damaged = []
+    # The last two are kept, so a damaged one costs --save-every steps, not the run.
     for file in sorted(folder.glob("*.safetensors"), reverse=True):
         try:
             with safe_open(file, framework="pt") as opened:
@@ -751,8 +775,10 @@ def compare(base, folder, task, problems, args, device, dtype):
         if known is None or known["fingerprint"] != mark:
             policy, tokenizer = policy_module.load(where if rank() == 0 else base, device,
                                                    dtype, args.stop)
+            # The others may stand on machines that do not see the run's folder.
             for w in policy.parameters() if world() > 1 else []:
                 torch.distributed.broadcast(w.detach(), 0)
+            # The same seed for every model: the same chance for all.
             generator = torch.Generator(policy.device).manual_seed(0)
             records = evaluation.evaluate(policy, tokenizer, task, problems, args.eval_samples,
                                           args.max_new_tokens, args.eval_temperature, generator,
@@ -768,6 +794,7 @@ def compare(base, folder, task, problems, args, device, dtype):
     print(f"{args.task}: {len(problems)} held-out problems, {args.eval_samples} samples each, "
           f"temperature {args.eval_temperature:g}")
     print(evaluation.table(summaries))
+    # A picture for eyes; a pipe or a file gets numbers only.
     if sys.stdout.isatty():
         print(evaluation.chart(summaries))
     print(f"log, model and table are in {folder}")
