@@ -41,7 +41,8 @@ from sample import chat, encode, sample
 def pass_at_k(n, c, k):
     """Unbiased estimate of Pass@k from c correct among n samples: 1 - C(n-c, k) / C(n, k).
 
-    pass_at_k(10, 3, 5) is 0.916667. ValueError where n < k: there is no unbiased estimate then.
+    pass_at_k(10, 3, 5) is 0.916667. ValueError where n < k: there is no unbiased estimate then;
+    and where k < 1 or c is not one of 0..n.
     """
     if not 0 <= c <= n:
         raise ValueError(f"{c} correct among {n} samples is impossible.")

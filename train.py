@@ -199,7 +199,8 @@ def train_step(policy, optimizer, rollout, rewards, loss_fn, group_size, *, temp
     rollout: this process's B rows; rewards (B,); loss_fn: a function of losses.py with its
     hyperparameters bound. old_logp, ref_logp (B, T): None takes the current policy as the one that
     sampled, and no reference. micro_batch: rows in one chunk, None or 0 for all of them. A NaN or
-    infinite gradient leaves weights and optimiser as they were; stats["bad"] then says so.
+    infinite gradient leaves weights and optimiser as they were; then stats["bad"] is True and
+    stats["bad_rows"] a list of the rows that it came from.
     """
     chunks = torch.arange(len(rewards), device=rewards.device).split(micro_batch or len(rewards))
     one_chunk = len(chunks) == 1                       # then it is the plain backward, scored once

@@ -25,7 +25,9 @@ core, care = pytest.mark.core, pytest.mark.care       # with the function that a
 def test_pass_at_k_is_the_share_of_subsets_with_a_correct_answer(n):
     for c, k in itertools.product(range(n + 1), range(1, n + 1)):
         hits = [min(subset) < c for subset in itertools.combinations(range(n), k)]      # answers 0..c-1 are correct
-        assert math.isclose(evaluation.pass_at_k(n, c, k), sum(hits) / len(hits), abs_tol=1e-12), (n, c, k)
+        bugs = {"the plug-in 1 - (1 - c/n)^k, which is biased": 1 - (1 - c / n) ** k,
+                "every correct answer drawn by itself, 1 - (1 - k/n)^c": 1 - (1 - k / n) ** c}
+        check(f"pass_at_k({n}, {c}, {k})", evaluation.pass_at_k(n, c, k), sum(hits) / len(hits), 1e-12, 1e-12, bugs)
 
 
 def test_pass_at_k_worked_numbers():

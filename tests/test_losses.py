@@ -107,8 +107,9 @@ def near(actual, expected, atol=1e-7, rtol=1e-5):
 
 
 def shown(x):
-    numbers = ", ".join(f"{v:.7g}" if abs(v) > 1e-12 else "0" for v in x.flatten()[:8].tolist())
-    numbers += ", ..." if x.numel() > 8 else ""
+    many = x.numel() > 8                               # then a few of them: the sentence has to fit on a screen
+    numbers = ", ".join(f"{v:.7g}" if abs(v) > 1e-12 else "0" for v in x.flatten()[:4 if many else 8].tolist())
+    numbers += ", ..." if many else ""
     return numbers if x.dim() == 0 else f"[{numbers}]"
 
 

@@ -65,7 +65,9 @@ def test_recorded_log_probabilities_are_those_of_a_full_forward(family, temperat
             scores = policy(tokens[None])[0] @ policy.head.T / temperature
             right = scores.log_softmax(-1)[len(prompt) - 1:-1].gather(1, tokens[len(prompt):, None])[:, 0]
             error = (rollout.logp[row, :n] - right).abs().max()
-            assert error < (1e-5 if device == "cpu" else 1e-4), f"{family}, row {row}: the sampler's log-probabilities are off by {error:.1e}"
+            assert error < (1e-5 if device == "cpu" else 1e-4), (
+                f"{family}, row {row}: the sampler's log-probabilities are off by {error:.1e} from those of the answer read alone, "
+                "without cache and padding: does every forward get the prompt's mask, and every token its position?")
 
 
 @core("sample")
@@ -386,7 +388,7 @@ def test_draw_never_picks_an_impossible_token():
 @care("sample")
 def test_a_prompt_that_does_not_fit_is_refused():
     policy, tokenizer = build()
-    with pytest.raises(ValueError, match="exceed the model's context of 64"):
+    with pytest.raises(ValueError):                    # in which words: test_survival.py
         drawn(policy, tokenizer, new=60)
 
 

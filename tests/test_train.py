@@ -207,8 +207,8 @@ def test_a_nan_never_reaches_the_weights():
         return loss + (poison * logp).sum(), stats
     before = [w.detach().clone() for w in policy.parameters()]
     stats = train.train_step(policy, train.make_optimizer(policy, 1e-2), rollout_of(policy, tokenizer), REWARDS, broken, G)
-    assert stats["bad"] and stats["bad_rows"] == [2], "the step must name row 2"
     assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters())), "weights moved on a NaN"
+    assert stats["bad"] and stats["bad_rows"] == [2], "stats['bad_rows'] must be [2], the row with the NaN"
 
 
 TWO_PROCESSES = """
