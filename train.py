@@ -243,13 +243,13 @@ def train_step(policy, optimizer, rollout, rewards, loss_fn, group_size, *, temp
     return stats
 
 
-def warm_start(policy, tokenizer, task, steps, prompts=64, lr=1e-2, seed=0, say=print):
+def warm_start(policy, tokenizer, task, steps, prompts=128, lr=1e-2, seed=0, say=print):
     """Learn to answer at all, in place: cross-entropy on answers that are right by construction.
 
-    A step has `prompts` problems with four answers each, so that a prompt is read once for four. A
+    A step has `prompts` problems with two answers each, so that a prompt is read once for two. A
     problem comes with one answer, and shares those of earlier ones with its numbers and target.
     """
-    rng, began, G = random.Random(seed), time.time(), 4
+    rng, began, G = random.Random(seed), time.time(), 2
     known = {}                                         # numbers and target -> answers, as they come
     optimizer = Muon(policy, lr)
     rewards = torch.ones(prompts * G, device=policy.device)
@@ -260,7 +260,7 @@ def warm_start(policy, tokenizer, task, steps, prompts=64, lr=1e-2, seed=0, say=
             alike = known.setdefault((*sorted(problem.numbers), problem.target), [])
             alike.append(answer)
             fresh.append((task.prompt(problem), alike))
-        # Early on a problem has one known answer, given four times; later they differ.
+        # Early on a problem has one known answer, given twice; later they differ.
         texts, answers = [], []
         for text, alike in fresh[:prompts]:
             texts += [text] * G
