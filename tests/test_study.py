@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent / "bench"))
 import study                                           # noqa: E402
 import study_page                                      # noqa: E402
 
-GRPO, SMOOTH = "--loss grpo --lr 1e-4", "--loss diffsmooth --gamma_p 0.2 --lr 1e-4"
+GRPO, SMOOTH = f"--loss grpo --lr {study.RATE}", f"--loss diffsmooth --gamma_p 0.2 --lr {study.RATE}"
 
 
 def line(*shares):
@@ -55,20 +55,26 @@ def test_the_score_weighs_k_1_as_much_as_the_rest():
     assert curve @ study.COLUMNS["score"] == pytest.approx((50.78125 + 66.40625) / 2)
 
 
+def test_the_middle_settings_are_those_of_train_py():
+    args = train.parse([])
+    assert float(study.RATE) == args.lr == 2 * float(study.HALF) == float(study.TWICE) / 2
+    assert float(study.METHODS["diffsmooth"][1].split()[3]) == args.gamma_p
+
+
 def test_settings_are_kept_by_the_score_and_smoothing_gets_the_rates_too():
     results = {study.name_of("many", flags, 0): {"score": score}
                for flags, score in zip(study.METHODS["diffsmooth"], (41, 40, 43))}
     assert study.kept(seen({}), "diffsmooth") == SMOOTH, "before all are tried: the middle one"
     strongest = "--loss diffsmooth --gamma_p 0.4 --lr "
-    assert study.tried(seen(results), "diffsmooth")[3:] == [strongest + "5e-5", strongest + "2e-4"]
+    assert study.tried(seen(results), "diffsmooth")[3:] == [strongest + study.HALF, strongest + study.TWICE]
     assert study.kept(seen(results), "diffsmooth") == SMOOTH, "two rates are still to be tried"
-    results[study.name_of("many", strongest + "5e-5", 0)] = {"score": 44}
-    results[study.name_of("many", strongest + "2e-4", 0)] = {"score": 20}
-    assert study.kept(seen(results), "diffsmooth") == strongest + "5e-5"
-    assert study.at_rates(seen(results), "diffsmooth") == [strongest + "5e-5", strongest + "1e-4"]
+    results[study.name_of("many", strongest + study.HALF, 0)] = {"score": 44}
+    results[study.name_of("many", strongest + study.TWICE, 0)] = {"score": 20}
+    assert study.kept(seen(results), "diffsmooth") == strongest + study.HALF
+    assert study.at_rates(seen(results), "diffsmooth") == [strongest + study.HALF, strongest + study.RATE]
     names = study.wanted(seen(results), ["diffsmooth", "grpo"])
-    assert study.name_of("many", strongest + "5e-5", 4) in names
-    assert study.name_of("many", strongest + "5e-5 --steps 2000", 6) in names
+    assert study.name_of("many", strongest + study.HALF, 4) in names
+    assert study.name_of("many", strongest + study.HALF + " --steps 2000", 6) in names
     assert study.name_of("many", GRPO, 4) not in names, "grpo is not tuned yet"
 
 
@@ -134,10 +140,10 @@ def test_a_colder_grpo_is_no_gain_over_its_frontier():
     shares = [(0.5, 0.6), (0.4, 0.7), (0.3, 0.8), (0.2, 0.9)]
     results = {study.name_of("many", flags, seed): line(*curve)
                for flags, curve in ((SMOOTH, [shares[0], *shares[:3]]), (GRPO, shares),
-                                    ("--loss grpo --lr 5e-5", shares)) for seed in (4, 5, 6)}
+                                    (f"--loss grpo --lr {study.HALF}", shares)) for seed in (4, 5, 6)}
     verdict, numbers = study_page.compare_frontier(seen(results), "diffsmooth")
     assert verdict == "not shown" and "+0.0 [+0.0, +0.0] in the mean" in numbers
-    del results[study.name_of("many", "--loss grpo --lr 5e-5", 5)]
+    del results[study.name_of("many", f"--loss grpo --lr {study.HALF}", 5)]
     assert study_page.compare_frontier(seen(results), "diffsmooth")[1].endswith("seeds 4, 6")
 
 
@@ -152,7 +158,7 @@ def test_the_page_copes_with_whatever_is_finished(monkeypatch, capsys):
     study_page.print_page(results, ["many", "one"], [4, 5, 6])
     page = capsys.readouterr().out
     assert "Pass@1 rises and Pass@64 falls: shown on `many`, not yet measured on `one`" in page
-    assert "both with lr 1e-4: shown on `many`" in page and "7.0 hours" in page
+    assert f"both with lr {study.RATE}: shown on `many`" in page and "7.0 hours" in page
     assert "| diffsmooth | 3 | 50.0 ± 0.0 |" in page and "(40.0)" in page
 
 

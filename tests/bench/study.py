@@ -32,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 import eval as evaluation                              # found by the line above
 
 TASKS = {"many": "", "one": "--counts 3 --high 20 --targets 1 60"}
-RATES = ("5e-5", "1e-4", "2e-4")
+HALF, RATE, TWICE = RATES = ("5e-5", "1e-4", "2e-4")   # RATE is train.py's default
 
 
 def rates(loss):
@@ -40,7 +40,7 @@ def rates(loss):
 
 
 def strengths(flags, *values):
-    return [f"--loss {flags} {value} --lr 1e-4" for value in values]
+    return [f"--loss {flags} {value} --lr {RATE}" for value in values]
 
 
 # Three settings each. Until all three have been tried, the middle one stands for the method.
@@ -58,7 +58,7 @@ METHODS = {
     "maxrl": rates("maxrl"),
     "focal": strengths("focal --focal_gamma", 0.5, 1, 2),
 }
-FRONTIER, FRONTIER_RATES = ("grpo", "diffsmooth", "bonus", "passk", "maxrl"), ("1e-4", "5e-5")
+FRONTIER, FRONTIER_RATES = ("grpo", "diffsmooth", "bonus", "passk", "maxrl"), (RATE, HALF)
 LONGER, LONG = ("grpo", "diffsmooth", "bonus", "penalty", "passk"), " --steps 2000"
 PATH = (100, 250, 500, 750, 1000, 1500, 2000)          # steps at which a run is measured on its way
 TEMPERATURES = ("0.4", "0.7", "1.0", "1.3")

@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from study import (COLUMNS, FRONTIER, FRONTIER_RATES, KS, LONG, LONGER, METHODS, PASS, PATH,
-                   PROBLEMS, SAMPLES, TASKS, TEMPERATURES, Study, at_rates, best, kept, name_of,
-                   scores, tried, with_rate)
+from study import (COLUMNS, FRONTIER, FRONTIER_RATES, HALF, KS, LONG, LONGER, METHODS, PASS, PATH,
+                   PROBLEMS, RATE, SAMPLES, TASKS, TEMPERATURES, Study, at_rates, best, kept,
+                   name_of, scores, tried, with_rate)
 import eval as evaluation                              # study.py has told where it lies
 
 SHOWN = (1, 4, 16, 64, "score")
@@ -180,8 +180,8 @@ def claims(study):
         (f"{level} GRPO at every k, each with its best setting", compare(study, ours, grpo)),
         ("Smoothing lies outside GRPO's frontier over rate and temperature",
          compare_frontier(study, "diffsmooth")),
-        ("Four times fewer samples: smoothing has GRPO's Pass@64 at k = 16, both with lr 1e-4",
-         compare_samples(study, with_rate(ours, "1e-4"), with_rate(grpo, "1e-4"))),
+        (f"Four times fewer samples: smoothing has GRPO's Pass@64 at k = 16, both with lr {RATE}",
+         compare_samples(study, with_rate(ours, RATE), with_rate(grpo, RATE))),
         ("With many solutions the bonus is better than the penalty, with one the other way round",
          compare(study, *two[::-1 if study.task == "one" else 1], want={"score": 1})),
         (f"{level} the better of bonus and penalty at every k", compare(study, ours, *two))]
@@ -202,7 +202,7 @@ PAGE = """# The study
 {lines} runs, {hours:.1f} hours of one core, from commit {commits}.
 
 - **A run** is `train.py` with the flags given, else its defaults: a learning rate that falls to 0
-  in 1000 steps. It is measured as by the table at its end: {problems} different held-out problems,
+  in {steps} steps. It is measured as by the table at its end: {problems} different held-out problems,
   {samples} answers each, draws of seed 0. T is the temperature of these answers.
 - **Settings.** Each method has three, tried on seed 0: a strength, or the learning rate where it
   has none. Smoothing also has the learning rates, at its best strength. The highest score on
@@ -216,7 +216,7 @@ PAGE = """# The study
   none, *contradicted* if below at some k (a trade is), else *not shown*. Sharpening: *shown* if
   both changes are as said, *contradicted* if one is the opposite. Others: by the number they name.
 - **The frontier** is the highest Pass@1 that goes with a Pass@64 or more, over T 0.4, 0.7, 1, 1.3
-  (straight lines between), the learning rates 1e-4 and 5e-5, and the one kept. A gain over GRPO's
+  (straight lines between), the learning rates {rates}, and the one kept. A gain over GRPO's
   is in Pass@1 at equal Pass@64: at GRPO's highest Pass@1 (the cold end), at the highest Pass@64
   that both reach (the hot end), and in the mean from the one to the other, by which it is judged.
 
@@ -244,7 +244,9 @@ def print_page(results, tasks, seeds):
     studies = [Study(results, task, seeds) for task in tasks]
     untried = [f"`{study.task}`: " + ", ".join(missing) for study in studies
                if (missing := [m for m in METHODS if not best(study, tried(study, m))])]
+    import train
     print(PAGE.format(lines=len(results), problems=PROBLEMS, samples=SAMPLES,
+                      steps=train.parse([]).steps, rates=" and ".join(FRONTIER_RATES),
                       hours=sum(line["seconds"] for line in results.values()) / 3600,
                       commits=", ".join({line["commit"]: 0 for line in results.values()}) or "none",
                       untried="; ".join(untried) or "none"))
@@ -341,7 +343,7 @@ def draw(study, file):
             points = [passes(study, [flags], T)[1].mean((0, 1, 2))[[0, -1]] for T in TEMPERATURES]
             lr = flags.split()[-1]
             axes.plot(*zip(*points), marker="o", color=f"C{color}", label=f"{method}, lr {lr}",
-                      linestyle={"1e-4": "-", "5e-5": "--"}.get(lr, ":"))
+                      linestyle={RATE: "-", HALF: "--"}.get(lr, ":"))
             for T, point in zip(TEMPERATURES, points if method == "grpo" else ()):
                 axes.annotate(f"T {float(T):g}", point, (4, 4), textcoords="offset points")
     axes.set(xlabel="Pass@1 (%)", ylabel="Pass@64 (%)",
