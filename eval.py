@@ -398,8 +398,12 @@ def world():
 
 def start_processes(device):
     """Join the other processes, if torchrun started this one -> (device, activation dtype)."""
-    if "LOCAL_RANK" in os.environ and torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if "LOCAL_RANK" in os.environ and device in (None, "cuda") and torch.cuda.is_available():
+        if local >= torch.cuda.device_count():         # NCCL refuses two on one
+            raise ValueError(f"more processes than the {torch.cuda.device_count()} GPUs here: "
+                             "torchrun may start one a GPU, or all with --device cpu.")
+        torch.cuda.set_device(local)
     device, dtype = pick_device(device)
     if "RANK" in os.environ:
         torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")

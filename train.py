@@ -483,11 +483,14 @@ def shard(policy):
     """PyTorch's own FSDP2: parameters, gradients and optimiser state split over the processes."""
     if world() == 1:
         return policy
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
+    # Left to itself, it takes the GPUs of a machine that has some, with --device cpu, too.
+    mesh = init_device_mesh(policy.device.type, (world(),))
     for block in policy.model.layers:
-        fully_shard(block, reshard_after_forward=False)
+        fully_shard(block, mesh=mesh, reshard_after_forward=False)
     # Weights stay gathered between forwards, so that sampling needs no traffic.
-    fully_shard(policy, reshard_after_forward=False)
+    fully_shard(policy, mesh=mesh, reshard_after_forward=False)
     return policy
 
 
