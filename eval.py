@@ -225,7 +225,8 @@ def parse(argv):
     parser.add_argument("models", nargs="+", help="a run folder of train.py, a model folder, or a "
                         "hub name; gains are over the first")
     flags = parser.add_argument_group("what is measured")
-    flags.add_argument("--n", type=int, default=128, help="answers a problem")
+    flags.add_argument("--n", "--samples", type=int, default=128, help="answers a problem; torchrun"
+                       " takes an --n for its own, and passes --samples on")
     flags.add_argument("--problems", type=int, default=512,
                        help="held-out problems (math: at most what --data has)")
     flags.add_argument("--temperature", "--temperatures", type=float, nargs="+", default=[0.7],
