@@ -9,6 +9,7 @@ import argparse
 import copy
 import functools
 import json
+import math
 import os
 import random
 import shutil
@@ -415,6 +416,17 @@ def test_damaged_checkpoint_is_noticed_and_the_one_before_is_used(base, capsys):
         file.write_bytes(file.read_bytes()[:1000])
     assert go(base, *common, "--steps", 8, "--resume") == 2
     assert "no usable checkpoint" in capsys.readouterr().err
+
+
+def test_a_whole_run_on_every_device(base, device, capsys):
+    """What a run has besides its steps: a reference, redraws, two updates a rollout, chunks, checkpoints, a table; it goes on."""
+    flags = ("--loss", "grpo", "--beta", 0.1, "--updates", 2, "--dynamic-sampling", 1, "--micro-batch", 24, "--checkpoint-activations",
+             "--eval-problems", 2, "--eval-samples", 2, "--name", f"on {device}", "--device", device)
+    for steps, more in ((2, []), (3, ["--resume"])):
+        assert go(base, *flags, "--steps", steps, *more) == 0
+        assert f"on {device} (gain over base)" in table_of(capsys.readouterr().out)
+    log = rows(base, f"on {device}")
+    assert [row["step"] for row in log] == ["1", "2", "3"] and all(math.isfinite(float(x)) for row in log for x in row.values()), log
 
 
 class Scripted(Countdown):
