@@ -226,7 +226,8 @@ def parse(argv):
     parser.add_argument("models", nargs="+", help="a run folder of train.py, a model folder, or a "
                         "hub name; gains are over the first")
     flags = parser.add_argument_group("what is measured")
-    flags.add_argument("--n", type=int, default=128, help="answers a problem")
+    flags.add_argument("--n", "--samples", type=int, default=128, help="answers a problem; torchrun"
+                       " takes an --n for its own, and passes --samples on")
     flags.add_argument("--problems", type=int, default=512,
                        help="held-out problems (math: at most what --data has)")
     flags.add_argument("--temperature", "--temperatures", type=float, nargs="+", default=[0.7],
@@ -399,8 +400,12 @@ def world():
 
 def start_processes(device):
     """Join the other processes, if torchrun started this one -> (device, activation dtype)."""
-    if "LOCAL_RANK" in os.environ and torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if "LOCAL_RANK" in os.environ and device in (None, "cuda") and torch.cuda.is_available():
+        if local >= torch.cuda.device_count():         # NCCL refuses two on one
+            raise ValueError(f"more processes than the {torch.cuda.device_count()} GPUs here: "
+                             "torchrun may start one a GPU, or all with --device cpu.")
+        torch.cuda.set_device(local)
     device, dtype = pick_device(device)
     if "RANK" in os.environ:
         torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")

@@ -668,12 +668,14 @@ def read_weights(folder, wanted, device):
         names = read(index, lambda: set(json.loads(index.read_bytes())["weight_map"].values()))
         files = sorted(folder / name for name in names)
     found = {}
+    # To safetensors "cuda" is the first GPU; here it is this process's own, by its number.
+    device = str(torch.empty(0, device=device).device)
     for file in files:
         if not file.is_file():
             raise ValueError(f"'{file}' is missing; weights in any other form than safetensors "
                              "(.bin, .pth) are never read.")
         try:
-            with safe_open(file, framework="pt", device=str(device)) as tensors:
+            with safe_open(file, framework="pt", device=device) as tensors:
                 for name in {*wanted, "lm_head.weight"}.intersection(tensors.keys()):
                     found[name] = tensors.get_tensor(name).float()
         except SafetensorError as error:

@@ -435,9 +435,16 @@ def show(line):
 
 
 def command(typed, *more):
-    """The command that was typed, and `more`, ready to be pasted."""
+    """The command that was typed, and `more`, ready to be pasted: under torchrun on this machine,
+    and likewise on each of the others."""
     typed = sys.argv[1:] if typed is None else list(typed)
-    start = ["torchrun", f"--nproc_per_node={world()}"] if world() > 1 else [sys.executable]
+    start, said = [sys.executable], os.environ         # torchrun tells its processes all of this
+    if int(said.get("WORLD_SIZE", 1)) > 1:
+        start = ["torchrun", f"--nproc_per_node={said.get('LOCAL_WORLD_SIZE', said['WORLD_SIZE'])}"]
+    if int(said.get("GROUP_WORLD_SIZE", 1)) > 1:       # machines
+        start += [f"--nnodes={said['GROUP_WORLD_SIZE']}", f"--node_rank={said['GROUP_RANK']}",
+                  "--rdzv_backend=static", f"--master_addr={said['MASTER_ADDR']}",
+                  f"--master_port={said['MASTER_PORT']}"]
     return shlex.join([*start, __file__, *typed, *(flag for flag in more if flag not in typed)])
 
 
@@ -491,12 +498,15 @@ def shard(policy):
     """PyTorch's own FSDP2: parameters, gradients and optimiser state split over the processes."""
     if world() == 1:
         return policy
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
+    # Left to itself, it takes the GPUs of a machine that has some, with --device cpu, too.
+    mesh = init_device_mesh(policy.device.type, (world(),))
     # A block at a time, so that one block's gradients travel while the next is computed.
     for block in policy.model.layers:
-        fully_shard(block, reshard_after_forward=False)
+        fully_shard(block, mesh=mesh, reshard_after_forward=False)
     # Weights stay gathered between forwards, so that sampling needs no traffic.
-    fully_shard(policy, reshard_after_forward=False)
+    fully_shard(policy, mesh=mesh, reshard_after_forward=False)
     return policy
 
 

@@ -153,7 +153,7 @@ def test_several_temperatures_give_a_table_each_and_flags_may_be_spelt_either_wa
     policy, tokenizer = policy_module.tiny(width=32, layers=1, heads=2, kv_heads=1, inner=32)
     policy_module.save(policy, tokenizer, tmp_path / "model")
     out = tmp_path / "out.json"
-    assert evaluation.main([str(tmp_path / "model"), "--n", "2", "--problems", "3", "--json", str(out), "--device", "cpu",
+    assert evaluation.main([str(tmp_path / "model"), "--samples", "2", "--problems", "3", "--json", str(out), "--device", "cpu",
                             "--temperatures", "0.5", "1.5", "--max_new_tokens=6"]) == 0
     text, written = capsys.readouterr().out, json.loads(out.read_text())
     assert text.count("Pass@2") == 2 and "temperature 0.5," in text and "temperature 1.5," in text
@@ -173,6 +173,22 @@ def test_a_picture_of_no_known_format_is_told_before_the_work(tmp_path, monkeypa
     monkeypatch.setattr(policy_module, "load", lambda *args: pytest.fail("it went to work"))
     assert evaluation.main(["some/model", "--plot", str(tmp_path / "x.xyz")]) == 2
     assert "'xyz' is no picture format" in capsys.readouterr().err
+
+
+def test_processes_and_gpus(monkeypatch):
+    """One process a GPU; what runs on the CPU asks no GPU for anything."""
+    chosen = []
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(evaluation, "pick_device", lambda name: (name or "cuda", None))
+    for device in (None, "cuda"):
+        with pytest.raises(ValueError, match="more processes than the 1 GPUs here"):
+            evaluation.start_processes(device)
+    assert evaluation.start_processes("cpu") == ("cpu", None) and chosen == []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert evaluation.start_processes(None) == ("cuda", None) and chosen == [1]
 
 
 def test_a_fingerprint_tells_files_and_models_apart(tmp_path):

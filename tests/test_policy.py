@@ -169,6 +169,15 @@ def test_a_checkpoint_trained_in_bf16_stays_fp32(tmp_path, device):
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), again.parameters()))
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="two GPUs are not here")
+def test_a_second_process_fills_no_memory_of_the_first_gpu(tmp_path):
+    policy_module.save(*policy_module.tiny(), tmp_path / "model")
+    before = torch.cuda.memory_stats(0).get("allocated_bytes.all.allocated", 0)
+    with torch.cuda.device(1):
+        loaded, _ = policy_module.load(tmp_path / "model", "cuda", torch.bfloat16)
+    assert torch.cuda.memory_stats(0).get("allocated_bytes.all.allocated", 0) == before and str(loaded.device) == "cuda:1"
+
+
 def test_a_saved_policy_replaces_the_one_before_it(tmp_path):
     old, tokenizer = policy_module.tiny(width=16, layers=2, heads=1, kv_heads=1, inner=16, seed=1)
     new, _ = policy_module.tiny(width=16, layers=1, heads=1, kv_heads=1, inner=16, seed=2)

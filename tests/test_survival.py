@@ -180,6 +180,23 @@ def test_a_signal_ends_the_step_saves_and_names_the_command(base, sign, monkeypa
     assert weights(base / name) == weights(base / f"whole{sign}"), "weights differ after the signal"
 
 
+def test_the_hint_under_torchrun_starts_this_machines_processes(monkeypatch):
+    """Pasted on each machine, the hint starts the run again: of 6 processes, 4 on the first machine and 2 on the second."""
+    def hinted(**environment):
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        return shlex.split(train.command(["--loss", "grpo"], "--resume"))
+    run = [train.__file__, "--loss", "grpo", "--resume"]
+    assert hinted() == [sys.executable, *run]
+    one = dict(WORLD_SIZE="4", LOCAL_WORLD_SIZE="4", GROUP_WORLD_SIZE="1", GROUP_RANK="0", MASTER_ADDR="first", MASTER_PORT="29511")
+    assert hinted(**one) == ["torchrun", "--nproc_per_node=4", *run]
+    several = ["--rdzv_backend=static", "--master_addr=first", "--master_port=29511"]
+    assert hinted(WORLD_SIZE="6", GROUP_WORLD_SIZE="2") == [
+        "torchrun", "--nproc_per_node=4", "--nnodes=2", "--node_rank=0", *several, *run]
+    assert hinted(LOCAL_WORLD_SIZE="2", GROUP_RANK="1") == [
+        "torchrun", "--nproc_per_node=2", "--nnodes=2", "--node_rank=1", *several, *run]
+
+
 def test_a_signal_in_the_warm_start_or_the_table_is_one_line(tmp_path, monkeypatch, capsys, signals):
     flags = [*TOY.split(), "--loss", "grpo", "--steps", "1", "--warm-steps", "3", "--out", str(tmp_path), "--name", "run",
              "--eval-problems", "2", "--eval-samples", "2"]

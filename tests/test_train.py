@@ -9,8 +9,11 @@ import argparse
 import copy
 import functools
 import json
+import math
 import os
 import random
+import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -31,13 +34,19 @@ G = 4
 core, care = pytest.mark.core, pytest.mark.care       # with the function that a test grades
 
 
-def small(seed=0):
-    return policy_module.tiny(width=32, layers=2, heads=2, kv_heads=1, inner=64, seed=seed)
+def small(seed=0, device="cpu"):
+    policy, tokenizer = policy_module.tiny(width=32, layers=2, heads=2, kv_heads=1, inner=64, seed=seed)
+    return policy.to(device), tokenizer
 
 
 def rollout_of(policy, tokenizer, temperature=1.0, prompts=("4 7 2 9,24=", "1 1,2=", "3 9 9,7=")):
     policy.stop_ids = [1, 4, 9, 14]                    # several, so that a fresh policy's answers differ in length
     return sample(policy, tokenizer, list(prompts), G, 9, temperature, torch.Generator().manual_seed(3))
+
+
+def on(device, rollout):
+    """The rollout on that device."""
+    return sampling.Rollout(**{name: x if name == "texts" else x.to(device) for name, x in vars(rollout).items()})
 
 
 def naive_score(policy, rollout, temperature):
@@ -136,6 +145,50 @@ def test_any_micro_batch_gives_the_plain_gradient(loss, micro_batch):
 
 
 @pytest.mark.parametrize("micro_batch", [None, 5])
+def test_a_step_on_every_device_is_that_of_the_definition(micro_batch, device):
+    """The gradient of autograd through the naive score, made on the CPU in fp32. With activations in bf16, as a GPU has
+    them, it keeps its size and direction; and AdamW then moves every matrix."""
+    policy, tokenizer = small()
+    rollout = rollout_of(policy, tokenizer, 0.7)
+    logp, entropy = naive_score(policy, rollout, 0.7)
+    value, _ = BONUS(logp, logp.detach(), rollout.mask, REWARDS, G, entropy=entropy)
+    value.backward()
+    plain = gradient(policy)
+    for dtype, most in ((torch.float32, 1e-5 if device == "cpu" else 1e-4), (torch.bfloat16, 0.1)):
+        policy, _ = small(device=device)
+        policy.dtype, optimizer = dtype, train.make_optimizer(policy, 1e-2)
+        before = [w.detach().clone() for w in policy.parameters()]
+        stats = train.train_step(policy, optimizer, on(device, rollout), REWARDS.to(device), BONUS, G, temperature=0.7,
+                                 micro_batch=micro_batch, grad_clip=1e9)
+        error = (gradient(policy).cpu() - plain).norm() / plain.norm()
+        assert error < most and abs(stats["loss"] - value.item()) < most, f"{dtype}: the gradient is off by {error:.1e} of its norm"
+        for w, start in zip(policy.parameters(), before):
+            assert (w.dtype, w.device.type) == (torch.float32, device) and not torch.equal(w, start) and w.isfinite().all()
+
+
+def test_a_checkpoint_gives_everything_back_on_every_device(tmp_path, device):
+    """Weights, moments, steps and both sources of chance, bit for bit, where they were; activations are bf16."""
+    states = []
+    for seed in (0, 1):
+        policy, tokenizer = small(seed, device)
+        policy.dtype = torch.bfloat16
+        rollout = rollout_of(policy, tokenizer)
+        states.append((policy, train.make_optimizer(policy, 1e-2), random.Random(seed), torch.Generator(device).manual_seed(seed)))
+        for _ in range(2 - seed):
+            train.train_step(*states[-1][:2], rollout, REWARDS.to(device), SMOOTH, G)
+    train.save_checkpoint(tmp_path, *states[0][:2], 2, *states[0][2:])
+    assert train.load_checkpoint(tmp_path, *states[1]) == 2
+    (one, adam, rng, draws), (two, adam_2, rng_2, draws_2) = states
+    for w, v in zip(one.parameters(), two.parameters()):
+        assert torch.equal(w, v) and v.device.type == device
+        assert adam.state[w].keys() == adam_2.state[v].keys() == {"step", "exp_avg", "exp_avg_sq"}
+        for name, x in adam.state[w].items():
+            assert torch.equal(x, adam_2.state[v][name]) and adam_2.state[v][name].device == x.device, name
+    assert rng.random() == rng_2.random()
+    assert torch.equal(torch.rand(9, generator=draws, device=device), torch.rand(9, generator=draws_2, device=device))
+
+
+@pytest.mark.parametrize("micro_batch", [None, 5])
 def test_activations_computed_again_give_the_same_gradient_from_less_memory(micro_batch):
     """The prompts' keys are in a cache that a second forward must not extend; all prompts but one are padded."""
     gradients, kept = [], []
@@ -211,48 +264,6 @@ def test_a_nan_never_reaches_the_weights():
     assert stats["bad"] and stats["bad_rows"] == [2], "stats['bad_rows'] must be [2], the row with the NaN"
 
 
-TWO_PROCESSES = """
-import os, sys, torch
-sys.path[:0] = [{root!r}, {tests!r}]
-import test_train as t, train
-torch.distributed.init_process_group("gloo")
-torch.set_num_threads(1)
-policy, tokenizer = t.small()
-policy.recompute = train.world() > 1                        # shards and activations that are made again go together
-rollout = t.rollout_of(policy, tokenizer, 0.7, ("4 7 2 9,24=", "1 1,2=", "3 9 9,7=", "2 2,4="))
-rollout.response[9:12], rollout.mask[9:12] = rollout.response[8], rollout.mask[8]     # one process has few different answers
-rewards = torch.tensor([1., 0, 0, 1, 0, 0, 0, 1, 1, 1, 1, 1, 0, 0, 1, 0])
-mine = torch.arange(16).chunk(train.world())[train.rank()]
-if train.world() > 1:
-    policy = train.shard(policy)
-optimizer = torch.optim.SGD(policy.parameters(), lr=0.1)    # Adam's first steps would blow rounding up to full size
-for loss in (t.SMOOTH, t.BONUS):
-    stats = train.train_step(policy, optimizer, t.sampling.take(rollout, mine), rewards[mine], loss, t.G, temperature=0.7,
-                             micro_batch={micro})
-weights = {{name: train.full(w.detach()) for name, w in policy.named_parameters()}}
-if train.rank() == 0:
-    torch.save((weights, stats["loss"], stats["grad_norm"]), {out!r})
-torch.distributed.barrier()                                 # nobody hangs up while the other still listens
-os._exit(0)                                                 # as train.py ends, and for its reason
-"""
-
-
-def test_two_processes_make_the_update_of_one(tmp_path):
-    """Two steps under torchrun with FSDP2: same loss, same gradient norm, same weights as in one process."""
-    results = []
-    for processes, micro in ((1, 16), (2, 3)):
-        out, script = tmp_path / f"{processes}.pt", tmp_path / f"{processes}.py"
-        script.write_text(TWO_PROCESSES.format(root=str(ROOT), tests=str(ROOT / "tests"), micro=micro, out=str(out)))
-        ran = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
-                              str(script)], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        assert ran.returncode == 0, ran.stderr
-        results.append(torch.load(out, weights_only=True))
-    (one, loss_1, norm_1), (two, loss_2, norm_2) = results
-    assert abs(loss_1 - loss_2) < 1e-6 and abs(norm_1 - norm_2) < 1e-5 * norm_1, (loss_1, loss_2, norm_1, norm_2)
-    for name in one:
-        assert torch.allclose(one[name], two[name], atol=1e-5), f"{name} differs by {(one[name] - two[name]).abs().max()}"
-
-
 # --------------------------------------------------------------------------------------------------------- whole runs
 
 @pytest.fixture(scope="module")
@@ -278,6 +289,78 @@ def go(base, *flags):
 def rows(base, name):
     lines = (base / name / "log.csv").read_text().splitlines()
     return [dict(zip(lines[0].split(","), line.split(","))) for line in lines[1:]]
+
+
+TWO_PROCESSES = """
+import os, sys, torch
+sys.path[:0] = [{root!r}, {tests!r}]
+import test_train as t, train
+torch.set_num_threads(1)
+assert train.main(sys.argv[1:]) == 0                        # a run and its table; these processes then go on
+device = sys.argv[-1]
+policy, tokenizer = t.small()
+rollout = t.rollout_of(policy, tokenizer, 0.7, ("4 7 2 9,24=", "1 1,2=", "3 9 9,7=", "2 2,4="))     # on the CPU: alike in all
+rollout.response[9:12], rollout.mask[9:12] = rollout.response[8], rollout.mask[8]     # one process has few different answers
+rollout, policy = t.on(device, rollout), policy.to(device)
+policy.recompute = train.world() > 1                        # shards and activations that are made again go together
+rewards = torch.tensor([1., 0, 0, 1, 0, 0, 0, 1, 1, 1, 1, 1, 0, 0, 1, 0], device=device)
+mine = torch.arange(16, device=device).chunk(train.world())[train.rank()]
+if train.world() > 1:
+    policy = train.shard(policy)
+optimizer = torch.optim.SGD(policy.parameters(), lr=0.1)    # Adam's first steps would blow rounding up to full size
+for loss in (t.SMOOTH, t.BONUS):
+    stats = train.train_step(policy, optimizer, t.sampling.take(rollout, mine), rewards[mine], loss, t.G, temperature=0.7,
+                             micro_batch=16 if train.world() == 1 else 3)
+weights = {{name: train.full(w.detach()).cpu() for name, w in policy.named_parameters()}}
+if train.rank() == 0:
+    torch.save((weights, stats["loss"], stats["grad_norm"]), "update.pt")
+train.gather(torch.zeros(1))                                # nobody hangs up while the other still listens
+os._exit(0)                                                 # as train.py ends, and for its reason
+"""
+
+
+def launched(script, folders, processes, flags):
+    """The script under torchrun, with one launcher in each of the folders: a machine each, all of them this one."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launchers = [subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", f"--nnodes={len(folders)}", f"--nproc_per_node={processes}", f"--node_rank={i}",
+         "--rdzv_backend=static", "--master_addr=127.0.0.1", f"--master_port={port}", str(script), *flags], cwd=folder,
+        stdout=open(folder / "said", "w"), stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        for i, folder in enumerate(folders)]
+    try:
+        codes = [launcher.wait(timeout=300) for launcher in launchers]
+    finally:
+        for launcher in launchers:
+            launcher.kill()
+    assert not any(codes), "\n".join((folder / "said").read_text() for folder in folders)
+
+
+def test_two_processes_make_the_update_and_the_table_of_one(base, tmp_path, device):
+    """Two steps with FSDP2: same loss, same gradient norm, same weights as in one process. Before them a run: the same table
+    of the base. On the CPU by two launchers, as two machines: the second has the base, and gets no other file."""
+    if device == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("NCCL takes one process a GPU, and one GPU is here")
+    script = tmp_path / "script.py"
+    script.write_text(TWO_PROCESSES.format(root=str(ROOT), tests=str(ROOT / "tests")))
+    one, two, second = folders = [tmp_path / name for name in ("one", "two", "second")]
+    for folder in folders:
+        shutil.copytree(base / "base", folder / "runs" / "base")
+    flags = [*TOY.split(), "--loss", "entropy", "--steps", "2", "--eval-problems", "2", "--eval-samples", "4", "--rows", "4",
+             "--out", "runs", "--device", device]
+    launched(script, [one], 1, flags)
+    launched(script, *(([two, second], 1) if device == "cpu" else ([two], 2)), flags)
+    results = [torch.load(folder / "update.pt", weights_only=True) for folder in (one, two)]
+    (weights, loss, norm), (weights_2, loss_2, norm_2) = results
+    close = 1 if device == "cpu" else 10               # a GPU rounds otherwise
+    assert abs(loss - loss_2) < close * 1e-6 and abs(norm - norm_2) < close * 1e-5 * norm, (loss, loss_2, norm, norm_2)
+    for name, w in weights.items():
+        assert torch.allclose(w, weights_2[name], atol=close * 1e-5), f"{name} differs by {(w - weights_2[name]).abs().max()}"
+    tables = [json.loads((folder / "runs" / "entropy" / "eval.json").read_text())["models"] for folder in (one, two)]
+    assert tables[0]["base"] == tables[1]["base"] and len(tables[1]["entropy"]["records"]) == 2
+    assert "Pass@4" in (two / "said").read_text() and [file.name for file in (second / "runs").iterdir()] == ["base"]
+    assert device == "cuda" or (second / "said").read_text() == ""
 
 
 def test_a_refusal_of_the_first_process_ends_the_others(base):
@@ -333,6 +416,17 @@ def test_damaged_checkpoint_is_noticed_and_the_one_before_is_used(base, capsys):
         file.write_bytes(file.read_bytes()[:1000])
     assert go(base, *common, "--steps", 8, "--resume") == 2
     assert "no usable checkpoint" in capsys.readouterr().err
+
+
+def test_a_whole_run_on_every_device(base, device, capsys):
+    """What a run has besides its steps: a reference, redraws, two updates a rollout, chunks, checkpoints, a table; it goes on."""
+    flags = ("--loss", "grpo", "--beta", 0.1, "--updates", 2, "--dynamic-sampling", 1, "--micro-batch", 24, "--checkpoint-activations",
+             "--eval-problems", 2, "--eval-samples", 2, "--name", f"on {device}", "--device", device)
+    for steps, more in ((2, []), (3, ["--resume"])):
+        assert go(base, *flags, "--steps", steps, *more) == 0
+        assert f"on {device} (gain over base)" in table_of(capsys.readouterr().out)
+    log = rows(base, f"on {device}")
+    assert [row["step"] for row in log] == ["1", "2", "3"] and all(math.isfinite(float(x)) for row in log for x in row.values()), log
 
 
 class Scripted(Countdown):
