@@ -106,12 +106,12 @@ def test_the_chart_has_every_curve():
     assert text.splitlines()[-2].split() == ["k", "1", "2", "4", "8"] and "a base, b mine" in text
 
 
-@pytest.mark.parametrize("temperatures", [(1.0,), (0.4, 1.0)])
-def test_a_picture_has_plain_ticks_a_legend_and_a_title(tmp_path, temperatures, monkeypatch):
+@pytest.mark.parametrize("temperatures, n", [((1.0,), 8), ((0.4, 1.0), 8), ((0.4, 1.0), 128)])
+def test_a_picture_has_plain_ticks_a_legend_and_a_title(tmp_path, temperatures, n, monkeypatch):
     pytest.importorskip("matplotlib").use("Agg")
     import matplotlib.pyplot as plt
     monkeypatch.setattr(plt, "close", lambda figure: None)                      # so that it can be looked at
-    some = {T: evaluation.summary({"base": fake([0, 1, 2]), "mine": fake([2, 5, 8])}) for T in temperatures}
+    some = {T: evaluation.summary({"base": fake([0, 1, 2], n), "mine": fake([2, 5, 8], n)}) for T in temperatures}
     evaluation.plot(some, tmp_path / "x.png", "Countdown")
     axes = plt.gcf().axes[0]
     assert (tmp_path / "x.png").stat().st_size > 5000 and axes.get_title() == "Countdown"
@@ -119,7 +119,7 @@ def test_a_picture_has_plain_ticks_a_legend_and_a_title(tmp_path, temperatures, 
     if len(temperatures) == 1:
         assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "2", "4", "8"]
     else:
-        assert axes.get_xlabel() == "Pass@1 (%)" and axes.get_ylabel() == "Pass@8 (%)"
+        assert axes.get_xlabel() == "Pass@1 (%)" and axes.get_ylabel() == f"Pass@{min(n, 64)} (%)"
         assert sorted(text.get_text() for text in axes.texts) == ["T 0.4", "T 0.4", "T 1.0", "T 1.0"]
 
 
@@ -161,6 +161,46 @@ def test_several_temperatures_give_a_table_each_and_flags_may_be_spelt_either_wa
     assert hot > cold and written["flags"]["max_new_tokens"] == 6
 
 
+def test_the_title_of_a_picture_says_what_was_measured(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    policy_module.save(*policy_module.tiny(width=32, layers=1, heads=2, kv_heads=1, inner=32), tmp_path / "model")
+    titles = []
+    monkeypatch.setattr(evaluation, "plot", lambda summaries, file, title: titles.append(title))
+    for temperatures in (["0.5"], ["0.5", "1.5"]):
+        assert evaluation.main([str(tmp_path / "model"), "--n", "2", "--problems", "3", "--json", str(tmp_path / "x.json"), "--device", "cpu",
+                                "--max-new-tokens", "4", "--plot", str(tmp_path / "x.png"), "--temperatures", *temperatures]) == 0
+    assert titles == ["countdown, 3 problems, 2 samples, T 0.5", "countdown, 3 problems, 2 samples"]
+
+
+def test_what_is_left_out_of_a_file_is_said_once(tmp_path, capsys):
+    """Of two models one asks as the other does; a file without such problems is not spoken of."""
+    policy, tokenizer = policy_module.tiny(width=32, layers=1, heads=2, kv_heads=1, inner=32)     # a context of 512
+    models, data = [tmp_path / "one", tmp_path / "two"], tmp_path / "data.jsonl"
+    for folder in models:
+        policy_module.save(policy, tokenizer, folder)
+    fits, too_long = ({"problem": "1" * n, "answer": "2"} for n in (9, 600))
+    for lines, said in (([fits, too_long], f"{data}: 1 problems are left out: prompts over 508 tokens.\n"), ([fits], "")):
+        data.write_text("\n".join(map(json.dumps, lines)))
+        assert evaluation.main([*map(str, models), "--task", "math", "--data", str(data), "--n", "1", "--max-new-tokens", "4", "--device",
+                                "cpu", "--json", str(tmp_path / "x.json")]) == 0
+        assert capsys.readouterr().out.startswith(said + "1 held-out problems, 1 samples each")
+
+
+def test_help_names_the_defaults_that_there_are(capsys):
+    with pytest.raises(SystemExit):
+        evaluation.parse(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "answers a problem (default: 128)" in text and "default: None" not in text and "SUPPRESS" not in text
+
+
+def test_a_file_is_there_whole_or_not_at_all(tmp_path):
+    file = tmp_path / "a" / "b" / "x.json"
+    evaluation.write_json(file, {"one": 1})
+    with pytest.raises(TypeError):
+        evaluation.write_json(file, {"two": 2, "what no JSON holds": object()})
+    assert json.loads(file.read_text()) == {"one": 1}
+
+
 def test_a_picture_without_its_package_is_told_before_the_work(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(evaluation.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(policy_module, "load", lambda *args: pytest.fail("it went to work"))
@@ -200,6 +240,17 @@ def test_a_fingerprint_tells_files_and_models_apart(tmp_path):
     one, same, other = (evaluation.fingerprint(tmp_path / name) for name in ("one", "same", "other"))
     assert one == same != other
     assert evaluation.fingerprint("owner/model") == "owner/model", "what is no path here stands for itself"
+
+
+def test_a_fingerprint_reads_all_of_a_file_and_a_megabyte_of_weights(tmp_path):
+    def marks(changed):
+        data = bytearray(2 << 20)
+        data[changed] = 1
+        (tmp_path / "model.safetensors").write_bytes(data)
+        return evaluation.fingerprint(tmp_path / "model.safetensors"), evaluation.fingerprint(tmp_path)
+
+    files, folders = zip(*map(marks, (0, (1 << 20) - 1, 1 << 20, -1)))
+    assert len(set(files)) == 4 and len(set(folders)) == 3 and folders[2] == folders[3]
 
 
 # --------------------------------------------- for those who write the estimator themselves: failures that know the mistake
@@ -250,16 +301,73 @@ def test_pass_at_k_is_a_float():
 def test_an_answer_goes_to_its_problem(monkeypatch):
     """A sampler that repeats its prompt: each problem must be judged on what was said to it, for any batching."""
     def echo(policy, tokenizer, prompts, G, *rest):
+        at_once.append(len(prompts) * G)
         texts = [prompt for prompt in prompts for _ in range(G)]
         mask = torch.ones(len(texts), 3, dtype=torch.bool)
         return SimpleNamespace(texts=texts, mask=mask, logp=-mask.float(), finished=mask[:, 0])
 
     task = Countdown(counts=(2,))
-    problems, heard = task.held_out_problems(3), []
+    problems, heard, at_once = task.held_out_problems(3), [], []
     monkeypatch.setattr(evaluation, "sample", echo)
     monkeypatch.setattr(evaluation, "record", lambda task, problem, answers: heard.append((problem, answers)))
-    for rows in (2, 6, 100):
-        heard.clear()
+    for rows, batches in ((2, [2] * 6), (6, [4] * 3), (100, [12])):
+        heard.clear(), at_once.clear()
         evaluation.evaluate(None, SimpleNamespace(chat_template=None), task, problems, 4, 9, rows=rows)
         right = [(problem, [(task.prompt(problem), 3, 3.0, True)] * 4) for problem in problems]
         claim(heard == right, f"rows={rows}: answers were judged against another problem, or some are missing")
+        claim(at_once == batches, f"rows={rows}: as many answers as fit go at once, {batches}, and not {at_once}")
+
+
+def test_processes_share_the_batches_out_and_draw_what_one_draws(monkeypatch):
+    """Three batches of two problems, two and one, for two processes; test_processes.py has real ones."""
+    policy, tokenizer = policy_module.tiny(width=32, layers=1, heads=2, kv_heads=1, inner=32)
+    task, parts = Countdown(counts=(2,)), []
+    problems = task.held_out_problems(5)
+
+    def measured():
+        return evaluation.evaluate(policy, tokenizer, task, problems, 3, 6, 1.0, torch.Generator().manual_seed(0), rows=6)
+
+    def gathered(out, mine):
+        out[:] = [{}, mine]
+        parts.append(mine)
+
+    alone = measured()
+    monkeypatch.setattr(evaluation, "world", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gathered)
+    for process in (0, 1):
+        monkeypatch.setattr(evaluation, "rank", lambda: process)
+        measured()
+    claim([sorted(part) for part in parts] == [[0, 2], [1]], f"batches were dealt out as {[sorted(part) for part in parts]}")
+    whole = parts[0] | parts[1]
+    claim([one for number in sorted(whole) for one in whole[number]] == alone, "a batch's answers depend on who draws it")
+
+
+def trained(folder, **flags):
+    """A run's folder, as far as its flags and the place of its model go."""
+    (folder / "model").mkdir(parents=True)
+    flags = {"task": "countdown", "prompt": "bare", "counts": [4], "high": 9, "targets": [1, 60], "max_new_tokens": 24} | flags
+    (folder / "flags.json").write_text(json.dumps(flags))
+    return str(folder)
+
+
+def test_open_flags_are_those_of_the_runs(tmp_path):
+    one, alike, other = trained(tmp_path / "one", high=7), trained(tmp_path / "alike", high=7), trained(tmp_path / "other", high=8)
+    args = evaluation.parse([one, "owner/model", alike])
+    folders, runs = evaluation.task_of_runs(args)
+    assert folders == {one: tmp_path / "one" / "model", "owner/model": "owner/model", alike: tmp_path / "alike" / "model"}
+    assert set(runs) == {one, alike} and (args.task, args.prompt, args.counts, args.high) == ("countdown", "bare", [4], 7)
+    with pytest.raises(ValueError, match="high 8, a run before it with 7: say by --high"):
+        evaluation.task_of_runs(evaluation.parse([one, other]))
+    args = evaluation.parse([one, other, "--high", "5"])
+    evaluation.task_of_runs(args)
+    assert (args.high, args.targets) == (5, [1, 60]), "what was typed counts, and only that"
+    exam = trained(tmp_path / "math", task="math", prompt="boxed", counts=None, high=None, targets=None, data="a", eval_data="b")
+    args = evaluation.parse([exam])
+    evaluation.task_of_runs(args)
+    assert (args.task, args.data, args.counts) == ("math", "b", None), "a run with an exam of its own is measured on that"
+    (tmp_path / "one" / "model").rmdir()
+    with pytest.raises(ValueError, match="has no finished model yet"):
+        evaluation.task_of_runs(evaluation.parse([one]))
+    args = evaluation.parse(["owner/model"])
+    evaluation.task_of_runs(args)
+    assert args.task == "countdown"

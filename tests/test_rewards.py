@@ -197,7 +197,8 @@ BARE = [
     ("tag in bare style", "<answer>3*7+5-2</answer>", 0),
     ("LaTeX", "$3*7+5-2$", 0),
     ("code", "__import__('os')", 0),
-    ("longer than the cap", "3*7+5-2" + " " * rewards.MAX_ANSWER, 0),
+    ("as long as the cap", "3*7+5-2".ljust(rewards.MAX_ANSWER), 1),
+    ("longer than the cap", "3*7+5-2".ljust(rewards.MAX_ANSWER + 1), 0),
 ]
 
 
@@ -406,6 +407,18 @@ PINNED = [((3, 6, 4, 6), 13), ((9, 9, 4, 4), 1), ((8, 3, 8, 2), 21)]
 def test_bad_settings(kwargs, words):
     with pytest.raises(ValueError, match=words):
         Countdown(**kwargs)
+
+
+def test_settings_at_the_edge_of_what_is_allowed():
+    for kwargs in ({"counts": (2, 5)}, {"high": 1}, {"high": 10**6}, {"targets": (7, 7)}):
+        Countdown(**kwargs)
+    with pytest.raises(ValueError, match="high"):
+        Countdown(high=10**6 + 1)
+
+
+def test_a_task_by_itself_has_the_defaults_of_style_bare():
+    task = {"counts": [*LAPTOP.counts], "high": LAPTOP.high, "targets": [*LAPTOP.targets]}
+    assert task.items() <= rewards.DEFAULTS["bare"].items()
 
 
 def test_impossible_requests_end_in_a_sentence(monkeypatch):
@@ -827,6 +840,8 @@ TEXTS = [
     ("last box counts, wrong", "\\boxed{5} no, \\boxed{4}", "5", 0),
     ("a box cut off at the end is passed over", "\\boxed{5} and \\boxed{4", "5", 1),
     ("only a box cut off", "\\boxed{5", "5", 0),
+    ("a long box cut off", "\\boxed{5} and \\boxed{" + "4" * CAP, "5", 1),
+    ("a box too long, cut off or not", "\\boxed{5} and \\boxed{" + "4" * (CAP + 1), "5", 0),
     ("cut inside a fraction", "\\boxed{\\frac{1}{2}", "\\frac{1}{2}", 0),
     ("nested braces", "\\boxed{\\frac{1}{\\frac{1}{2}}}", "\\frac{1}{\\frac{1}{2}}", 1),
     ("escaped braces", "\\boxed{\\{1,2\\}}", "\\{1,2\\}", 1),
@@ -1201,18 +1216,23 @@ def test_a_grader_that_hangs_or_raises_costs_one_answer(monkeypatch, capsys):
     raised["stop"] = KeyboardInterrupt
 
     def parse(text, raise_on_error):
-        if text in raised:
+        if text in raised and raise_on_error:
             raise raised[text]
         return text
 
+    def verify(reference, answer, raise_on_error):
+        if answer == "cannot be compared" and raise_on_error:
+            raise TypeError
+        return reference == answer
+
     package, errors = types.ModuleType("math_verify"), types.ModuleType("math_verify.errors")
     package.parse, package.errors, errors.TimeoutException = parse, errors, Timeout
-    package.verify = lambda reference, answer, raise_on_error: reference == answer
+    package.verify = verify
     monkeypatch.setitem(sys.modules, "math_verify", package)
     monkeypatch.setitem(sys.modules, "math_verify.errors", errors)
     grader = rewards.MathVerify()
     assert (grader("\\boxed{7}", "7"), grader("\\boxed{8}", "7"), grader.failed) == (1, 0, 0)
-    for failed, text in enumerate(["hang", "raise", "deep"], start=1):
+    for failed, text in enumerate(["hang", "raise", "deep", "cannot be compared"], start=1):
         assert grader(text, "7") == 0 and grader.failed == failed, text
         assert grader("\\boxed{7}", "7") == 1, f"the next answer after '{text}' counts again"
     assert capsys.readouterr().out.count("failed on 1 answers") == 1
@@ -1252,10 +1272,14 @@ class Template:
 
 
 @pytest.mark.parametrize("words, tokenizer, filled", [
-    ([], NoTemplate, {"prompt": "bare", "counts": [4], "max_new_tokens": 24, "verifier": None}),
-    ([], Template, {"prompt": "think", "high": 99, "max_new_tokens": 1024}),
-    (["--prompt", "ask", "--high", "20"], Template, {"high": 20, "targets": [10, 100]}),
-    (["--task", "math", "--data", "x"], NoTemplate, {"prompt": "boxed", "verifier": "ours"}),
+    ([], NoTemplate, {"prompt": "bare", "counts": [4], "high": 9, "targets": [1, 60],
+                      "max_new_tokens": 24, "verifier": None}),
+    ([], Template, {"prompt": "think", "counts": [3, 4], "high": 99, "targets": [10, 100],
+                    "max_new_tokens": 1024}),
+    (["--prompt", "ask", "--high", "20"], Template,
+     {"counts": [3, 4], "high": 20, "targets": [10, 100], "max_new_tokens": 48}),
+    (["--task", "math", "--data", "x"], NoTemplate,
+     {"prompt": "boxed", "verifier": "ours", "max_new_tokens": 2048, "counts": None}),
     (["--data", "x", "--max-new-tokens", "7"], NoTemplate, {"prompt": "bare", "max_new_tokens": 7}),
 ])
 def test_open_flags_are_filled_in(words, tokenizer, filled):

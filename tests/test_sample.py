@@ -27,6 +27,7 @@ OTHER = dict(SIZES, tie_word_embeddings=False, attention_bias=True, mlp_bias=Tru
 FAMILIES = {"llama": lambda V: LlamaConfig(vocab_size=V, **SIZES), "qwen2": lambda V: Qwen2Config(vocab_size=V, **SIZES),
             "qwen3": lambda V: Qwen3Config(vocab_size=V, head_dim=16, **SIZES),
             "mistral": lambda V: MistralConfig(vocab_size=V, sliding_window=4, **SIZES),
+            "mistral, which no prompt fills": lambda V: MistralConfig(vocab_size=V, sliding_window=18, **SIZES),
             "ministral": lambda V: MinistralConfig(vocab_size=V, head_dim=8, sliding_window=5, **SIZES, layer_types=[
                 "sliding_attention", "full_attention", "sliding_attention"]),
             "llama with biases, a head of its own, stretched positions": lambda V: LlamaConfig(vocab_size=V, **OTHER)}
@@ -328,6 +329,15 @@ def test_seeds_and_rows():
     assert one.texts == same.texts and torch.equal(one.logp, same.logp), "same seed, same text"
     assert one.texts != other.texts, "another seed, other text"
     assert len(set(one.texts[:4])) > 1, "rows of a group must differ"
+
+
+def test_without_a_generator_torchs_own_seed_decides():
+    policy, tokenizer = build()
+    texts = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        texts.append(sample(policy, tokenizer, PROMPTS, 4, 14).texts)
+    assert texts[0] == texts[1] != texts[2]
 
 
 @pytest.mark.parametrize("sharing", [(), ("cpu", "cuda")], ids=["apart", "shared"])
