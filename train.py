@@ -867,8 +867,8 @@ def parse(argv):
     flag("--updates", type=int, default=1, help="optimiser steps a rollout, each on a part")
     flag("--grad-clip", type=float, default=1.0, help="largest gradient norm")
     flag = parser.add_argument_group("how far and how fast").add_argument
-    flag("--steps", type=int, default=1000, help="rollouts")
-    flag("--lr", type=float, default=1e-4, help="largest learning rate")
+    flag("--steps", type=int, default=1200, help="rollouts")
+    flag("--lr", type=float, default=2e-4, help="largest learning rate")
     flag("--warmup", type=int, default=10, help="steps in which it rises to --lr")
     flag("--schedule", choices=["linear", "constant"], default="linear",
          help="then it falls to 0 at --steps, or stays")

@@ -55,9 +55,9 @@ def test_the_score_weighs_k_1_as_much_as_the_rest():
     assert curve @ study.COLUMNS["score"] == pytest.approx((50.78125 + 66.40625) / 2)
 
 
-def test_the_middle_settings_are_those_of_train_py():
+def test_the_defaults_are_those_of_train_py():
     args = train.parse([])
-    assert float(study.RATE) == args.lr == 2 * float(study.HALF) == float(study.TWICE) / 2
+    assert float(study.RATE) == args.lr == 2 * float(study.HALF) == 4 * float(study.QUARTER)
     assert float(study.METHODS["diffsmooth"][1].split()[3]) == args.gamma_p
 
 
@@ -66,15 +66,15 @@ def test_settings_are_kept_by_the_score_and_smoothing_gets_the_rates_too():
                for flags, score in zip(study.METHODS["diffsmooth"], (41, 40, 43))}
     assert study.kept(seen({}), "diffsmooth") == SMOOTH, "before all are tried: the middle one"
     strongest = "--loss diffsmooth --gamma_p 0.4 --lr "
-    assert study.tried(seen(results), "diffsmooth")[3:] == [strongest + study.HALF, strongest + study.TWICE]
+    assert study.tried(seen(results), "diffsmooth")[3:] == [strongest + study.QUARTER, strongest + study.HALF]
     assert study.kept(seen(results), "diffsmooth") == SMOOTH, "two rates are still to be tried"
     results[study.name_of("many", strongest + study.HALF, 0)] = {"score": 44}
-    results[study.name_of("many", strongest + study.TWICE, 0)] = {"score": 20}
+    results[study.name_of("many", strongest + study.QUARTER, 0)] = {"score": 20}
     assert study.kept(seen(results), "diffsmooth") == strongest + study.HALF
     assert study.at_rates(seen(results), "diffsmooth") == [strongest + study.HALF, strongest + study.RATE]
     names = study.wanted(seen(results), ["diffsmooth", "grpo"])
     assert study.name_of("many", strongest + study.HALF, 4) in names
-    assert study.name_of("many", strongest + study.HALF + " --steps 2000", 6) in names
+    assert study.name_of("many", strongest + study.HALF + " --steps 2400", 6) in names
     assert study.name_of("many", GRPO, 4) not in names, "grpo is not tuned yet"
 
 

@@ -32,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 import eval as evaluation                              # found by the line above
 
 TASKS = {"many": "", "one": "--counts 3 --high 20 --targets 1 60"}
-HALF, RATE, TWICE = RATES = ("5e-5", "1e-4", "2e-4")   # RATE is train.py's default
+QUARTER, HALF, RATE = RATES = ("5e-5", "1e-4", "2e-4")      # RATE is train.py's default
 
 
 def rates(loss):
@@ -59,8 +59,8 @@ METHODS = {
     "focal": strengths("focal --focal_gamma", 0.5, 1, 2),
 }
 FRONTIER, FRONTIER_RATES = ("grpo", "diffsmooth", "bonus", "passk", "maxrl"), (RATE, HALF)
-LONGER, LONG = ("grpo", "diffsmooth", "bonus", "penalty", "passk"), " --steps 2000"
-PATH = (100, 250, 500, 750, 1000, 1500, 2000)          # steps at which a run is measured on its way
+LONGER, LONG = ("grpo", "diffsmooth", "bonus", "penalty", "passk"), " --steps 2400"
+PATH = (100, 300, 600, 900, 1200, 1800, 2400)          # steps at which a run is measured on its way
 TEMPERATURES = ("0.4", "0.7", "1.0", "1.3")
 PROBLEMS, SAMPLES = 512, 64
 KS = [1, 2, 4, 8, 16, 32, 64]
