@@ -888,7 +888,8 @@ def parse(argv):
     flag("--micro-batch", type=int, default=0, help="rows in one forward and backward; 0: all")
     flag("--rows", type=int, default=1024, help="answers sampled at once")
     flag("--checkpoint-activations", action="store_true",
-         help="keep a layer's input only and compute the rest again: long answers, a third slower")
+         help="keep a layer's input only, compute the rest again: for long answers, a third slower "
+         "at most")
     flag("--device", help="cuda, cpu or mps; without it, cuda where there is one")
 
     # Which loss it is decides which other flags there are.
