@@ -23,8 +23,9 @@ core, care = pytest.mark.core, pytest.mark.care       # with the function that a
 
 SIZES = dict(vocab_size=53, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
              num_key_value_heads=2, max_position_embeddings=128)
-STRETCHED = dict(rope_type="llama3", rope_theta=1e4, factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0,
-                 original_max_position_embeddings=32)
+# Of four frequencies two are kept, the third is blended (0.29 of it are kept), the last is divided by 4.
+STRETCHED = dict(rope_type="llama3", rope_theta=30.0, factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                 original_max_position_embeddings=64)
 CONFIGS = {
     "llama": LlamaConfig(**SIZES), "llama, llama3 rope, tied": LlamaConfig(**SIZES, rope_parameters=STRETCHED, tie_word_embeddings=True),
     "llama, biases": LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
