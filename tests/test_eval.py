@@ -167,8 +167,9 @@ def test_the_title_of_a_picture_says_what_was_measured(tmp_path, monkeypatch):
     titles = []
     monkeypatch.setattr(evaluation, "plot", lambda summaries, file, title: titles.append(title))
     for temperatures in (["0.5"], ["0.5", "1.5"]):
-        assert evaluation.main([str(tmp_path / "model"), "--n", "2", "--problems", "3", "--json", str(tmp_path / "x.json"), "--device", "cpu",
-                                "--max-new-tokens", "4", "--plot", str(tmp_path / "x.png"), "--temperatures", *temperatures]) == 0
+        assert evaluation.main([str(tmp_path / "model"), "--n", "2", "--problems", "3", "--max-new-tokens", "4", "--device", "cpu",
+                                "--json", str(tmp_path / "x.json"), "--plot", str(tmp_path / "x.png"),
+                                "--temperatures", *temperatures]) == 0
     assert titles == ["countdown, 3 problems, 2 samples, T 0.5", "countdown, 3 problems, 2 samples"]
 
 
@@ -181,8 +182,8 @@ def test_what_is_left_out_of_a_file_is_said_once(tmp_path, capsys):
     fits, too_long = ({"problem": "1" * n, "answer": "2"} for n in (9, 600))
     for lines, said in (([fits, too_long], f"{data}: 1 problems are left out: prompts over 508 tokens.\n"), ([fits], "")):
         data.write_text("\n".join(map(json.dumps, lines)))
-        assert evaluation.main([*map(str, models), "--task", "math", "--data", str(data), "--n", "1", "--max-new-tokens", "4", "--device",
-                                "cpu", "--json", str(tmp_path / "x.json")]) == 0
+        assert evaluation.main([*map(str, models), "--task", "math", "--data", str(data), "--n", "1", "--max-new-tokens", "4",
+                                "--device", "cpu", "--json", str(tmp_path / "x.json")]) == 0
         assert capsys.readouterr().out.startswith(said + "1 held-out problems, 1 samples each")
 
 
@@ -345,13 +346,13 @@ def test_processes_share_the_batches_out_and_draw_what_one_draws(monkeypatch):
 def trained(folder, **flags):
     """A run's folder, as far as its flags and the place of its model go."""
     (folder / "model").mkdir(parents=True)
-    flags = {"task": "countdown", "prompt": "bare", "counts": [4], "high": 9, "targets": [1, 60], "max_new_tokens": 24} | flags
-    (folder / "flags.json").write_text(json.dumps(flags))
+    own = {"task": "countdown", "prompt": "bare", "counts": [4], "high": 9, "targets": [1, 60], "max_new_tokens": 24}
+    (folder / "flags.json").write_text(json.dumps(own | flags))
     return str(folder)
 
 
 def test_open_flags_are_those_of_the_runs(tmp_path):
-    one, alike, other = trained(tmp_path / "one", high=7), trained(tmp_path / "alike", high=7), trained(tmp_path / "other", high=8)
+    one, alike, other = (trained(tmp_path / name, high=high) for name, high in (("one", 7), ("alike", 7), ("other", 8)))
     args = evaluation.parse([one, "owner/model", alike])
     folders, runs = evaluation.task_of_runs(args)
     assert folders == {one: tmp_path / "one" / "model", "owner/model": "owner/model", alike: tmp_path / "alike" / "model"}
@@ -361,7 +362,8 @@ def test_open_flags_are_those_of_the_runs(tmp_path):
     args = evaluation.parse([one, other, "--high", "5"])
     evaluation.task_of_runs(args)
     assert (args.high, args.targets) == (5, [1, 60]), "what was typed counts, and only that"
-    exam = trained(tmp_path / "math", task="math", prompt="boxed", counts=None, high=None, targets=None, data="a", eval_data="b")
+    exam = trained(tmp_path / "math", task="math", prompt="boxed", counts=None, high=None, targets=None,
+                   data="a", eval_data="b")
     args = evaluation.parse([exam])
     evaluation.task_of_runs(args)
     assert (args.task, args.data, args.counts) == ("math", "b", None), "a run with an exam of its own is measured on that"
