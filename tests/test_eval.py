@@ -191,7 +191,7 @@ def test_help_names_the_defaults_that_there_are(capsys):
     with pytest.raises(SystemExit):
         evaluation.parse(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "answers a problem (default: 128)" in text and "default: None" not in text and "SUPPRESS" not in text
+    assert "answers a problem;" in text and "(default: 128)" in text and "default: None" not in text and "SUPPRESS" not in text
 
 
 def test_a_file_is_there_whole_or_not_at_all(tmp_path):

@@ -154,11 +154,13 @@ def test_the_page_copes_with_whatever_is_finished(monkeypatch, capsys):
     assert capsys.readouterr().out.count(missing) == 15
     results = both(0.5, 0.3).results
     results["many: base"] = line(*[(0.1, 0.9)] * 4) | {"path": [[0, [1, 2, 3]]]}
+    for seed in (4, 5, 6):                             # at its middle rate, which stands for GRPO
+        results[study.name_of("many", study.with_rate(GRPO, study.HALF), seed)] = line(*[0.3] * 4)
     results[study.name_of("many", GRPO, 0)] = {"commit": "abc", "seconds": 0, "score": 40.0}
     study_page.print_page(results, ["many", "one"], [4, 5, 6])
     page = capsys.readouterr().out
     assert "Pass@1 rises and Pass@64 falls: shown on `many`, not yet measured on `one`" in page
-    assert f"both with lr {study.RATE}: shown on `many`" in page and "7.0 hours" in page
+    assert f"both with lr {study.RATE}: shown on `many`" in page and "10.0 hours" in page
     assert "| diffsmooth | 3 | 50.0 ± 0.0 |" in page and "(40.0)" in page
 
 

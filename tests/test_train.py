@@ -425,7 +425,7 @@ def test_damaged_checkpoint_is_noticed_and_the_one_before_is_used(base, capsys):
 def test_a_whole_run_on_every_device(base, device, capsys):
     """What a run has besides its steps: a reference, redraws, two updates a rollout, chunks, checkpoints, a table; it goes on."""
     flags = ("--loss", "grpo", "--beta", 0.1, "--updates", 2, "--dynamic-sampling", 1, "--micro-batch", 24, "--checkpoint-activations",
-             "--eval-problems", 2, "--eval-samples", 2, "--name", f"on {device}", "--device", device)
+             "--eval-problems", 2, "--eval-samples", 3, "--name", f"on {device}", "--device", device)
     for steps, more in ((2, []), (3, ["--resume"])):
         assert go(base, *flags, "--steps", steps, *more) == 0
         assert f"on {device} (gain over base)" in table_of(capsys.readouterr().out)
