@@ -100,13 +100,12 @@ def readme():
     """The README's section."""
     lines = ["## Exercises", "",
              "`python tests/blank.py OUT` writes a student's copy, in which the functions below "
-             "have lost their bodies and",
-             "kept their docstrings; `--only 3 5` blanks some, `--solution 3` puts bodies back. "
-             "`python tests/grade.py OUT`",
-             "grades it on one screen: points for **core** (the mathematics) and **care** "
-             "(padding, types, errors), and what is",
-             "wrong in a sentence. `--only 3` is one exercise, `--json` an instructor's sheet. It "
-             "runs the code that it grades.",
+             "have kept only their docstrings;",
+             "`--only 3 5` blanks some, `--solution 3` puts bodies back. `python tests/grade.py "
+             "OUT` grades it on one screen: points",
+             "for **core** (the mathematics) and **care** (padding, types, errors), and what is "
+             "wrong in a sentence. `--only 3` is",
+             "one exercise, `--json` an instructor's sheet. It runs the code that it grades.",
              "A file of your own goes too: `python tests/grade.py my_losses.py`, or "
              "`IMPL=my_losses pytest tests/test_losses.py`.", ""]
     for one in EXERCISES:
