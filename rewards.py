@@ -30,6 +30,7 @@ looks at no more than a few hundred characters of an answer.
 """
 
 import hashlib
+import itertools
 import json
 import random
 import re
@@ -237,8 +238,7 @@ class Countdown:
             repeats = repeats + 1 if key in problems else 0
             problems.setdefault(key, problem)
         if len(problems) < n:
-            raise ValueError(
-                f"Only {len(problems)} held-out problems found, not {n}: ask for fewer.")
+            raise ValueError(f"Only {len(problems)} held-out problems, not {n}: ask for fewer.")
         return list(problems.values())
 
     def is_held_out(self, problem):
@@ -276,17 +276,13 @@ WRAP_LEFT = {"+": "", "-": "", "*": "+-", "/": "+-"}
 WRAP_RIGHT = {"+": "", "-": "+-", "*": "+-", "/": "+-*/"}
 
 
-def render(tree):
+def render(tree, wrap=""):
     """The tree as text with as few parentheses as possible: ("-", 1, ("-", 2, 3)) is "1-(2-3)"."""
     if isinstance(tree, int):
         return str(tree)
     op, left, right = tree
-    x, y = render(left), render(right)
-    if not isinstance(left, int) and left[0] in WRAP_LEFT[op]:
-        x = f"({x})"
-    if not isinstance(right, int) and right[0] in WRAP_RIGHT[op]:
-        y = f"({y})"
-    return x + op + y
+    text = render(left, WRAP_LEFT[op]) + op + render(right, WRAP_RIGHT[op])
+    return f"({text})" if op in wrap else text
 
 
 def flatten(tree, ops, inverse=False):
@@ -331,11 +327,9 @@ def all_nodes(numbers):
     for bits in range(1, 2 ** (len(numbers) - 1)):
         right = [n for i, n in enumerate(numbers) if bits >> i & 1]
         left = [n for i, n in enumerate(numbers) if not bits >> i & 1]
-        right_nodes = all_nodes(right)
-        for x in all_nodes(left):
-            for y in right_nodes:
-                nodes += [join("+", x, y), join("*", x, y), join("-", x, y), join("-", y, x)]
-                nodes += [join("/", x, y), join("/", y, x)]
+        for x, y in itertools.product(all_nodes(left), all_nodes(right)):
+            nodes += [join("+", x, y), join("*", x, y), join("-", x, y), join("-", y, x)]
+            nodes += [join("/", x, y), join("/", y, x)]
     return nodes
 
 
@@ -455,8 +449,7 @@ REWRITES = [(re.compile(pattern, re.ASCII), by) for pattern, by in [
     # units, at the end and after a number
     (rf"(?:(?<=[\d}})\]])|(?<=\\pi)) ?(?:{UNIT}|{PLAIN_UNIT})(?:\^\{{?[23]\}}?)?[. ]*$", ""),
     (rf"{TEXT}\{{([^{{}}]*)\}}", r" \1 "),
-    (r"(?i)(?<=\d) *a\.? ?m\b\.?", "am"),
-    (r"(?i)(?<=\d) *p\.? ?m\b\.?", "pm"),
+    (r"(?i)(?<=\d) *([ap])\.? ?m\b\.?", lambda match: match[1].lower() + "m"),
     (r"^[^<>≠]*$", with_commas),  # a list; but "x<1 or x>2" is not "x<1 and x>2"
     # blanks: what they mean is read before they go
     (r" +", " "),
@@ -577,7 +570,7 @@ class Math:
         check_share(held_out)
         self.held_out, self.judge = held_out, math_reward
         self.problems = Problems(path, read_math, self.is_held_out)
-        self.notes = self.problems.notes  # what the user should hear about the file
+        self.notes = self.problems.notes
         if verifier == "math-verify":
             self.judge = MathVerify()
             return
@@ -672,8 +665,8 @@ def read_math(record):
     if isinstance(record.get("reward_model"), dict):  # verl keeps ground_truth in there
         record = record["reward_model"] | record
     keys = ("answer", "final_answer", "label", "ground_truth", "solution")
-    fields = [key for key in keys if record.get(key) not in (None, "")]
-    answer = record[fields[0]] if fields else None
+    key = next((key for key in keys if record.get(key) not in (None, "")), None)
+    answer = record.get(key)
     if isinstance(answer, list) and len(answer) == 1:  # OlympiadBench
         answer = answer[0]
     if not isinstance(question, str):
@@ -688,7 +681,7 @@ def read_math(record):
         answer = answer.rpartition("####")[2]
     elif boxed is not None:
         answer = boxed
-    elif fields[0] == "solution" and len(answer) > 40:  # some files keep the bare answer there
+    elif key == "solution" and len(answer) > 40:  # some files keep the bare answer there
         raise ValueError("the solution has no \\boxed{} and no answer beside it")
     return MathProblem(question, answer.strip())
 
@@ -748,7 +741,6 @@ def download(path):
         raise ValueError(f"{path} is not of the form hf://owner/repo/file.jsonl.")
     try:
         from huggingface_hub import hf_hub_download  # everything else runs without it
-
         return hf_hub_download(
             repo_id=match[1], revision=match[2], filename=match[3], repo_type="dataset")
     except Exception as error:  # offline, no such file, no access: many types, one sentence
@@ -770,8 +762,7 @@ DEFAULTS = {
 
 
 def add_task_flags(parser):
-    group = parser.add_argument_group("the task")
-    flag = group.add_argument
+    flag = parser.add_argument_group("the task").add_argument
     flag("--task", choices=["countdown", "math"], default="countdown")
     flag("--data", help="problems as FILE.jsonl or hf://owner/repo/file.jsonl; countdown: default "
          "is to make them up, and with --data only those of the warm start are")
@@ -809,5 +800,4 @@ def make_task(flags, held_out=0.1):
     """The task that flags describe, once `fill_task_flags` has seen them."""
     if flags.task == "math":
         return Math(flags.data, held_out, flags.verifier)
-    counts, targets = tuple(flags.counts), tuple(flags.targets)
-    return Countdown(counts, flags.high, targets, flags.prompt, held_out, flags.data)
+    return Countdown(flags.counts, flags.high, flags.targets, flags.prompt, held_out, flags.data)
