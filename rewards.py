@@ -86,7 +86,6 @@ def answer_of(text, style):
 # Exact arithmetic: a tree is an int or (op, left, right), a node is (numerator, denominator, tree).
 # The verifier, the generator and the solver all compute with `join` and nothing else.
 
-
 def parse(text):
     """The node of an expression, or None: parse("2*(1+3)") is (8, 1, ("*", 2, ("+", 1, 3))).
 
@@ -268,7 +267,6 @@ class Countdown:
 
 # ----------------------------------- a first reading ends here -----------------------------------
 
-
 # ---- Solver and canonical form
 
 # Where parentheses stay: the operators that a left or right operand may not have unwrapped.
@@ -344,7 +342,6 @@ def unsolvable(task):
 
 
 # ---- Math
-
 
 def math_reward(text, answer) -> float:
     """1.0 if the last \\boxed{} of text writes the same as answer (plain or boxed), else 0.0.
@@ -605,7 +602,6 @@ class Math:
 
 
 # ---- Reading of files, and the split
-
 
 def hashed_share(text):
     """A number in [0, 1) that depends on the text alone (Python's own hash changes every run)."""
