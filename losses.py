@@ -255,8 +255,9 @@ def cispo(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp=N
     advantages = group_advantages(batch.rewards, group_size)                # (B,)
     ratio = torch.exp(batch.logp.detach() - batch.old_logp)                 # (B, T), a constant
     weight = ratio.clamp(1 - clip_low, 1 + clip_high)                       # (B, T)
+    capped = ratio != weight                                                # (B, T)
     token_loss = -weight * advantages[:, None] * batch.logp                 # differs from GRPO here
-    stats = _stats(batch, advantages, capped_frac=_per_token(ratio != weight, batch.mask))
+    stats = _stats(batch, advantages, capped_frac=_aggregate(capped, batch.mask, "token_mean"))
     return _aggregate(token_loss, batch.mask, "token_mean"), stats          # and here
 
 
@@ -475,9 +476,8 @@ def _prepare(logp, old_logp, mask, rewards, group_size, entropy, ref_logp,
         if x is not None:                              # rounding may lift a certain token above 0
             complaints[f"{name} is above 0 on a generated token: not a log-probability."] = x > 1e-4
     found = torch.stack([where.any() for where in complaints.values()]).tolist()   # one GPU sync
-    for complaint, applies in zip(complaints, found):
-        if applies:
-            raise ValueError(complaint)
+    if any(found):
+        raise ValueError(list(complaints)[found.index(True)])
     return _Batch(logp, old_logp, generated, rewards, group_size, entropy, ref_logp)
 
 
@@ -586,11 +586,6 @@ def _aggregate(token_loss, mask, agg, max_len=None):
     raise ValueError(f"unknown agg {agg!r}: seq_mean, token_mean or seq_sum.")
 
 
-def _per_token(x, mask):
-    """Mean over the generated tokens of an x (B, T) that is 0 in padding."""
-    return x.sum() / mask.sum().clamp(min=1)
-
-
 @torch.no_grad()
 def _stats(batch, advantages, clipped=None, **more):
     """The numbers beside the loss, a dict of floats.
@@ -604,17 +599,15 @@ def _stats(batch, advantages, clipped=None, **more):
     and what the loss adds as 0-dim tensors in `more`: ds_ratio = mean |smoothing term| / mean |A|,
     kept_frac = share of rows kept, capped_frac = share of tokens with a clipped weight.
     """
-    mask = batch.mask
-    clipped = torch.zeros_like(mask) if clipped is None else clipped & mask
-    log_ratio = batch.logp - batch.old_logp            # (B, T)
-    values = {"adv_abs": advantages.abs().mean(),
-              "ratio_max": torch.where(mask, log_ratio, -math.inf).amax().exp(),
-              "clip_frac": _per_token(clipped, mask),
-              "kl_old": _per_token(kl(batch.old_logp, batch.logp), mask)}   # old drew the tokens
+    mask, log_ratio = batch.mask, batch.logp - batch.old_logp               # (B, T) each
+    each_token = {"clip_frac": torch.zeros_like(mask) if clipped is None else clipped,
+                  "kl_old": kl(batch.old_logp, batch.logp)}                 # old drew the tokens
     if batch.ref_logp is not None:
-        values["kl"] = _per_token(kl(batch.logp, batch.ref_logp), mask)
+        each_token["kl"] = kl(batch.logp, batch.ref_logp)
     if batch.entropy is not None:
-        values["entropy"] = _per_token(batch.entropy, mask)
-    values |= more
+        each_token["entropy"] = batch.entropy
+    values = {"adv_abs": advantages.abs().mean(),
+              "ratio_max": torch.where(mask, log_ratio, -math.inf).amax().exp()}
+    values |= {name: _aggregate(x, mask, "token_mean") for name, x in each_token.items()} | more
     numbers = torch.stack([x.detach().to(log_ratio.dtype) for x in values.values()])
     return dict(zip(values, numbers.tolist()))         # one GPU sync for all
