@@ -497,31 +497,31 @@ def normal_term(text):
 
 
 def split_list(text, separators=",;"):
-    """Parts between top-level separators: "(1,2),3" -> ["(1,2)", "3"]. None where brackets do not
+    """Parts between top-level separators: "(1,2),3" -> ["(1,2)", "3"]. [] where brackets do not
     match or are nested deeper than people write, so that reading stays fast."""
     parts, depth, start = [], 0, 0
     for match in re.finditer(rf"[()\[\]{{}}{separators}]", text):
         depth += (match[0] in "([{") - (match[0] in ")]}")
         if not 0 <= depth <= 10:
-            return None
+            return []
         if depth == 0 and match[0] in separators:
             parts.append(text[start : match.start()])
             start = match.end()
-    return None if depth else [*parts, text[start:]]
+    return [] if depth else [*parts, text[start:]]
 
 
 def normal_part(text):
     """One text for all ways to write a number, list, tuple, interval, set or matrix:
     "(0.5,3)" -> "(1/2,3)"."""
-    sets = split_list(text, "∪") or [text]
+    sets = split_list(text, "∪")
     if len(sets) > 1:
         return "∪".join(sorted(normal_part(part) for part in sets))
     braces = text[:2] == "\\{" and text[-2:] == "\\}" and split_list(text[2:-2])
-    parts = braces or split_list(text) or [text]
+    parts = braces or split_list(text)
     if braces or len(parts) > 1:  # a list without brackets is read as a set, too: "x=1,x=2"
         return "{" + ",".join(sorted(normal_part(part) for part in parts)) + "}"
-    inside = split_list(text[1:-1]) if text[:1] in ("(", "[") and text[-1:] in (")", "]") else None
-    if inside and len(inside) > 1:
+    inside = split_list(text[1:-1]) if text[:1] in ("(", "[") and text[-1:] in (")", "]") else []
+    if len(inside) > 1:
         return text[0] + ",".join(normal_part(part) for part in inside) + text[-1]
     if inside and text[0] + text[-1] == "()":  # "(5)", "(B)"
         return normal_part(inside[0])
@@ -672,11 +672,10 @@ def read_math(record):
     if isinstance(answer, float):  # 1e+16 is nothing that an answer would say
         answer = format(Decimal(str(answer)), "f")
     answer = re.sub(r"\\boxed\s+(\w+)", r"\\boxed{\1}", str(answer))
-    boxed = last_boxed(answer)
     if "####" in answer:  # GSM8K
         answer = answer.rpartition("####")[2]
-    elif boxed is not None:
-        answer = boxed
+    elif last_boxed(answer) is not None:
+        answer = last_boxed(answer)
     elif key == "solution" and len(answer) > 40:  # some files keep the bare answer there
         raise ValueError("the solution has no \\boxed{} and no answer beside it")
     return MathProblem(question, answer.strip())
