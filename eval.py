@@ -103,15 +103,11 @@ def record(task, problem, answers):
 def columns(records):
     """{column: (problems,) array}: what is averaged over problems. NaN where one has no value."""
     n = records[0]["n"]
-    values = {f"Pass@{k}": [100 * pass_at_k(n, r["c"], k) for r in records] for k in powers_of_2(n)}
+    ks = [2 ** i for i in range(n.bit_length())]       # 1, 2, 4, ... up to n
+    values = {f"Pass@{k}": [100 * pass_at_k(n, r["c"], k) for r in records] for k in ks}
     for name in ("distinct", "as_text", "sigma", "parsed", "finished", "tokens", "nats"):
         values[name] = [math.nan if r[name] is None else r[name] for r in records]
     return {name: np.array(column, dtype=float) for name, column in values.items()}
-
-
-def powers_of_2(n):
-    """1, 2, 4, ... up to n: the k of Pass@k."""
-    return [2 ** i for i in range(n.bit_length())]
 
 
 def summary(results, resamples=2000, seed=0):
@@ -198,23 +194,22 @@ def plot(summaries, file, title):
     figure, axes = plt.subplots(figsize=(6, 4.5))
     models = next(iter(summaries.values()))
     ks, _ = curve(next(iter(models.values())))
-    for model in models:
-        rows = {temperature: some[model] for temperature, some in summaries.items()}
-        if len(rows) == 1:
-            row = next(iter(rows.values()))
+    if len(summaries) == 1:
+        for model, row in models.items():
             axes.plot(ks, curve(row)[1], marker="o", label=model)
             axes.fill_between(ks, curve(row, "low")[1], curve(row, "high")[1], alpha=0.2)
-        else:
-            k = max(k for k in ks if k <= 64)
-            points = [(row["Pass@1"]["mean"], row[f"Pass@{k}"]["mean"]) for row in rows.values()]
-            axes.plot(*zip(*points), marker="o", label=model)
-            for temperature, point in zip(rows, points):
-                axes.annotate(f"T {temperature}", point, textcoords="offset points", xytext=(4, 4))
-            axes.set(xlabel="Pass@1 (%)", ylabel=f"Pass@{k} (%)")
-    if len(summaries) == 1:
         axes.set_xscale("log", base=2)
         axes.set_xticks(ks, [str(k) for k in ks])
         axes.set(xlabel="k", ylabel="Pass@k (%)")
+    else:
+        k = max(k for k in ks if k <= 64)
+        for model in models:
+            rows = [some[model] for some in summaries.values()]
+            points = [(row["Pass@1"]["mean"], row[f"Pass@{k}"]["mean"]) for row in rows]
+            axes.plot(*zip(*points), marker="o", label=model)
+            for temperature, point in zip(summaries, points):
+                axes.annotate(f"T {temperature}", point, textcoords="offset points", xytext=(4, 4))
+        axes.set(xlabel="Pass@1 (%)", ylabel=f"Pass@{k} (%)")
     axes.set_title(title)
     axes.legend()
     figure.savefig(file, dpi=150, bbox_inches="tight")
@@ -225,26 +220,25 @@ def parse(argv):
     parser = Parser(description=__doc__.split("\n")[0], usage="python eval.py MODEL ... [flags]")
     parser.add_argument("models", nargs="+", help="a run folder of train.py, a model folder, or a "
                         "hub name; gains are over the first")
-    flags = parser.add_argument_group("what is measured")
-    flags.add_argument("--n", "--samples", type=int, default=128, help="answers a problem; torchrun"
-                       " takes an --n for its own, and passes --samples on")
-    flags.add_argument("--problems", type=int, default=512,
-                       help="held-out problems (math: at most what --data has)")
-    flags.add_argument("--temperature", "--temperatures", type=float, nargs="+", default=[0.7],
-                       dest="temperatures", help="several: a table each, and --plot the frontier")
-    flags.add_argument("--seed", type=int, default=0,
-                       help="of the draws; the problems are always the same")
-    flags.add_argument("--stop", nargs="+", default=[], help="further tokens that end an answer")
+    flag = parser.add_argument_group("what is measured").add_argument
+    flag("--n", "--samples", type=int, default=128, help="answers a problem; torchrun takes an --n "
+         "for its own, and passes --samples on")
+    flag("--problems", type=int, default=512, help="held-out problems (math: at most what --data "
+         "has)")
+    flag("--temperature", "--temperatures", type=float, nargs="+", default=[0.7],
+         dest="temperatures", help="several: a table each, and --plot the frontier")
+    flag("--seed", type=int, default=0, help="of the draws; the problems are always the same")
+    flag("--stop", nargs="+", default=[], help="further tokens that end an answer")
     add_task_flags(parser)
     parser.set_defaults(task=None)                     # that of the runs named, else countdown
-    machine = parser.add_argument_group("the machine")
-    machine.add_argument("--rows", type=int, default=1024,
-                         help="answers in flight at once: lower it when memory runs out")
-    machine.add_argument("--device", help="default: cuda, else cpu")
-    output = parser.add_argument_group("what is written")
-    output.add_argument("--json", default="eval.json", help="the numbers")
-    output.add_argument("--plot", help="a picture of the Pass@k curves, or of the frontier where "
-                        "there are several temperatures (needs matplotlib)")
+    flag = parser.add_argument_group("the machine").add_argument
+    flag("--rows", type=int, default=1024, help="answers in flight at once: lower it when memory "
+         "runs out")
+    flag("--device", help="default: cuda, else cpu")
+    flag = parser.add_argument_group("what is written").add_argument
+    flag("--json", default="eval.json", help="the numbers")
+    flag("--plot", help="a picture of the Pass@k curves, or of the frontier where there are "
+         "several temperatures (needs matplotlib)")
     args = parser.parse_args(argv)
     if min(args.n, args.problems, args.rows) < 1:
         raise ValueError("--n, --problems and --rows must be at least 1.")
@@ -296,6 +290,7 @@ def run(argv=None):
     args = parse(argv)
     device, dtype = start_processes(args.device)       # as many as torchrun started
     results = {temperature: {} for temperature in args.temperatures}
+    measured = results[args.temperatures[0]]           # by their labels, the models so far
     folders, runs = task_of_runs(args)
     for name, folder in folders.items():
         policy, tokenizer = policy_module.load(folder, device, dtype, args.stop)
@@ -303,17 +298,16 @@ def run(argv=None):
         task = make_task(args, held_out=1.0 if args.task == "math" else 0.1)
         notes = leave_out_too_long(task, tokenizer, policy, args.max_new_tokens)
         notes += leave_out_trained(task, runs) if args.task == "math" else []
-        if notes and not results[args.temperatures[0]] and rank() == 0:
+        if notes and not measured and rank() == 0:
             print(*notes, sep="\n")
         problems = task.held_out_problems(args.problems)
         if not problems:
             raise ValueError(f"'{args.data}' holds no problem to evaluate on.")
-        if results[args.temperatures[0]] and problems != asked:
+        if measured and problems != asked:
             raise ValueError(f"'{name}' has another context than the model before it, so other "
                              "problems fit into it: measure it alone.")
         asked = problems
-        label = Path(name).name
-        label = name if label in results[args.temperatures[0]] else label
+        label = name if Path(name).name in measured else Path(name).name
         for temperature, records in results.items():
             generator = torch.Generator(device).manual_seed(args.seed)
             records[label] = evaluate(policy, tokenizer, task, problems, args.n,
