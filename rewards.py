@@ -237,7 +237,8 @@ class Countdown:
             repeats = repeats + 1 if key in problems else 0
             problems.setdefault(key, problem)
         if len(problems) < n:
-            raise ValueError(f"Only {len(problems)} held-out problems, not {n}: ask for fewer.")
+            raise ValueError(
+                f"Only {len(problems)} held-out problems found, not {n}: ask for fewer.")
         return list(problems.values())
 
     def is_held_out(self, problem):
