@@ -45,13 +45,14 @@ def test_record_counts_what_a_reader_would_count():
     task, problem = Countdown(), Problem((4, 7, 2, 9), 24)
     texts = ["2*(9+7-4)", "(7+9-4)*2", "2*(9+7-4)", "(9-7)*4*2", "9+7+4+2", "24", "((", "4*(9-7)*2"]
     right = [text for text in texts if task.reward(problem, text)]
-    drawn = [(text, len(text) + 1, 2.0, True) for text in texts]
+    drawn = [(text, len(text) + 1, 2.0, text != "((") for text in texts]
     record = evaluation.record(task, problem, drawn)
     assert record["n"] == 8 and record["c"] == len(right) == 3
     assert record["distinct"] == 1 and record["as_text"] == 2, "the two spellings are one answer"
     assert record["sigma"] == 0.0, "all correct answers are the same one"
     assert record["parsed"] == pytest.approx(7 / 8), "only '((' does not parse"
-    assert record["nats"] == 2.0
+    assert record["nats"] == 2.0 and record["tokens"] == sum(len(text) + 1 for text in texts) / 8
+    assert record["finished"] == 7 / 8
 
 
 def test_sigma_is_the_chance_that_two_correct_samples_differ():
@@ -62,6 +63,7 @@ def test_sigma_is_the_chance_that_two_correct_samples_differ():
     record = evaluation.record(task, problem, [(text, 6, 1.0, True) for text in texts])
     assert record["sigma"] == pytest.approx(sum(a != b for a, b in pairs) / len(pairs))
     assert evaluation.record(task, problem, [("1+2+3", 6, 1.0, True)])["sigma"] is None, "one correct answer has no pairs"
+    assert evaluation.record(task, problem, 2 * [("1+2+3", 6, 1.0, True)])["sigma"] == 0.0, "two have one"
 
 
 def fake(counts, n=8):
@@ -98,12 +100,15 @@ def test_the_table_names_every_model_and_measure():
 
 
 def test_the_chart_has_every_curve():
-    """Two letters, one a k each; the better model stands higher."""
-    text = evaluation.chart(evaluation.summary({"base": fake([0, 1, 2]), "mine": fake([8, 8, 8])}))
+    """Three letters, one a k each; the better model stands higher."""
+    text = evaluation.chart(evaluation.summary({"base": fake([0, 1, 2]), "mine": fake([8, 8, 8]), "none": fake([0, 0, 0])}))
     grid = [line.partition("|")[2] for line in text.splitlines() if "|" in line]
     assert sum(line.count("a") for line in grid) == sum(line.count("b") for line in grid) == 4
     assert grid[0].count("b") == 4, "100 % at every k is the top line"
-    assert text.splitlines()[-2].split() == ["k", "1", "2", "4", "8"] and "a base, b mine" in text
+    assert grid[-1].count("c") == 4, "and 0 % the lowest"
+    places = {letter: sorted(i for line in grid for i, x in enumerate(line) if x == letter) for letter in "abc"}
+    assert places == {"a": [0, 6, 12, 18], "b": [1, 7, 13, 19], "c": [2, 8, 14, 20]}, "side by side, above their k"
+    assert text.splitlines()[-2].split() == ["k", "1", "2", "4", "8"] and "a base, b mine, c none" in text
 
 
 @pytest.mark.parametrize("temperatures, n", [((1.0,), 8), ((0.4, 1.0), 8), ((0.4, 1.0), 128)])

@@ -398,8 +398,10 @@ def test_draw_never_picks_an_impossible_token():
 @care("sample")
 def test_a_prompt_that_does_not_fit_is_refused():
     policy, tokenizer = build()
+    room = policy.config.max_position_embeddings - max(len(tokenizer(prompt).input_ids) for prompt in PROMPTS)
+    drawn(policy, tokenizer, new=room)                 # to the last position
     with pytest.raises(ValueError):                    # in which words: test_survival.py
-        drawn(policy, tokenizer, new=60)
+        drawn(policy, tokenizer, new=room + 1)
 
 
 # ------------------------------------------------------------------------------------------- from strings to token ids

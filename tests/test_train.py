@@ -515,6 +515,20 @@ def test_a_run_follows_the_schedule_and_a_resumed_one_that_of_its_new_length(bas
     assert lr == pytest.approx([5e-4, 3.75e-4, 2.5e-4, 1.25e-4]), f"steps 6 to 9 of a run of 9: {lr}"
 
 
+def test_an_answer_is_shown_in_full_at_first_and_every_so_many_steps(base, capsys):
+    assert go(base, "--loss", "grpo", "--steps", 7, "--show-every", 3, "--name", "shown") == 0
+    lines = capsys.readouterr().out.splitlines()
+    shown = [line.split()[1] for line, after in zip(lines, lines[1:]) if line.startswith("step") and "' -> '" in after]
+    assert shown == ["1", "3", "6"], lines
+
+
+def test_a_base_is_made_by_one_process_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "world", lambda: 2)
+    with pytest.raises(ValueError, match="make it once in a single process"):
+        train.make_base(tmp_path / "base", train.parse(TOY.split()), "cpu")
+    assert not any(tmp_path.iterdir())
+
+
 def table_of(text):
     """The head of a printed table: its columns."""
     return next(line for line in text.splitlines() if "(gain over base)" in line)
