@@ -378,3 +378,12 @@ def test_open_flags_are_those_of_the_runs(tmp_path):
     args = evaluation.parse(["owner/model"])
     evaluation.task_of_runs(args)
     assert args.task == "countdown"
+
+
+@pytest.mark.parametrize("error", [torch.distributed.DistError("closed"), RuntimeError("[gloo/transport] Connection closed by peer")])
+def test_a_process_that_lost_another_says_so_and_alone_it_is_a_bug(error, monkeypatch):
+    monkeypatch.setattr(evaluation, "world", lambda: 2)
+    assert evaluation.explain(error) == "another process has ended, so this one ends, too."
+    monkeypatch.setattr(evaluation, "world", lambda: 1)
+    with pytest.raises(type(error)):
+        evaluation.explain(error)

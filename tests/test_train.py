@@ -522,6 +522,13 @@ def test_an_answer_is_shown_in_full_at_first_and_every_so_many_steps(base, capsy
     assert shown == ["1", "3", "6"], lines
 
 
+def test_a_run_folder_is_made_however_deep_it_lies(tmp_path):
+    args = train.parse(TOY.split())
+    args.files = {}
+    train.open_run(tmp_path / "a" / "b" / "run", args).close()
+    assert (tmp_path / "a" / "b" / "run").is_dir()
+
+
 def test_a_base_is_made_by_one_process_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "world", lambda: 2)
     with pytest.raises(ValueError, match="make it once in a single process"):
