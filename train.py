@@ -888,7 +888,7 @@ def parse(argv):
     flag("--grad-clip", type=float, default=1.0, help="largest gradient norm")
     flag = parser.add_argument_group("how far and how fast").add_argument
     flag("--steps", type=int, default=1200, help="rollouts")
-    flag("--lr", type=float, default=2e-4, help="largest learning rate")
+    flag("--lr", type=float, default=1e-4, help="largest learning rate")
     flag("--warmup", type=int, default=10, help="steps in which it rises to --lr")
     flag("--schedule", choices=["linear", "constant"], default="linear",
          help="then it falls to 0 at --steps, or stays")

@@ -57,7 +57,7 @@ def test_the_score_weighs_k_1_as_much_as_the_rest():
 
 def test_the_defaults_are_those_of_train_py():
     args = train.parse([])
-    assert float(study.RATE) == args.lr == 2 * float(study.HALF) == 4 * float(study.QUARTER)
+    assert float(study.RATE) == args.lr == 2 * float(study.HALF) == float(study.TWICE) / 2
     assert float(study.METHODS["diffsmooth"][1].split()[3]) == args.gamma_p
 
 
@@ -66,12 +66,12 @@ def test_settings_are_kept_by_the_score_and_smoothing_gets_the_rates_too():
                for flags, score in zip(study.METHODS["diffsmooth"], (41, 40, 43))}
     assert study.kept(seen({}), "diffsmooth") == SMOOTH, "before all are tried: the middle one"
     strongest = "--loss diffsmooth --gamma_p 0.4 --lr "
-    assert study.tried(seen(results), "diffsmooth")[3:] == [strongest + study.QUARTER, strongest + study.HALF]
+    assert study.tried(seen(results), "diffsmooth")[3:] == [strongest + study.HALF, strongest + study.TWICE]
     assert study.kept(seen(results), "diffsmooth") == SMOOTH, "two rates are still to be tried"
     results[study.name_of("many", strongest + study.HALF, 0)] = {"score": 44}
-    results[study.name_of("many", strongest + study.QUARTER, 0)] = {"score": 20}
+    results[study.name_of("many", strongest + study.TWICE, 0)] = {"score": 20}
     assert study.kept(seen(results), "diffsmooth") == strongest + study.HALF
-    assert study.at_rates(seen(results), "diffsmooth") == [strongest + study.HALF, strongest + study.RATE]
+    assert study.at_rates(seen(results), "diffsmooth") == [strongest + lr for lr in (study.HALF, study.RATE, study.TWICE)]
     names = study.wanted(seen(results), ["diffsmooth", "grpo"])
     assert study.name_of("many", strongest + study.HALF, 4) in names
     assert study.name_of("many", strongest + study.HALF + " --steps 2400", 6) in names
@@ -139,8 +139,8 @@ def test_a_colder_grpo_is_no_gain_over_its_frontier():
     """Ours at T 0.7 is GRPO at T 0.4: ahead at k = 1 at equal T, not at all over the frontier."""
     shares = [(0.5, 0.6), (0.4, 0.7), (0.3, 0.8), (0.2, 0.9)]
     results = {study.name_of("many", flags, seed): line(*curve)
-               for flags, curve in ((SMOOTH, [shares[0], *shares[:3]]), (GRPO, shares),
-                                    (f"--loss grpo --lr {study.HALF}", shares)) for seed in (4, 5, 6)}
+               for flags, curve in ((SMOOTH, [shares[0], *shares[:3]]),
+                                    *((f"--loss grpo --lr {lr}", shares) for lr in study.RATES)) for seed in (4, 5, 6)}
     verdict, numbers = study_page.compare_frontier(seen(results), "diffsmooth")
     assert verdict == "not shown" and "+0.0 [+0.0, +0.0] in the mean" in numbers
     del results[study.name_of("many", f"--loss grpo --lr {study.HALF}", 5)]
@@ -151,16 +151,14 @@ def test_the_page_copes_with_whatever_is_finished(monkeypatch, capsys):
     monkeypatch.setattr(study_page, "solutions", lambda task: np.array([1, 3]))
     study_page.print_page({}, ["many", "one"], [4])
     missing = "not yet measured on `many`, not yet measured on `one`"
-    assert capsys.readouterr().out.count(missing) == 15
+    assert capsys.readouterr().out.count(missing) == 16
     results = both(0.5, 0.3).results
     results["many: base"] = line(*[(0.1, 0.9)] * 4) | {"path": [[0, [1, 2, 3]]]}
-    for seed in (4, 5, 6):                             # at its middle rate, which stands for GRPO
-        results[study.name_of("many", study.with_rate(GRPO, study.HALF), seed)] = line(*[0.3] * 4)
     results[study.name_of("many", GRPO, 0)] = {"commit": "abc", "seconds": 0, "score": 40.0}
     study_page.print_page(results, ["many", "one"], [4, 5, 6])
     page = capsys.readouterr().out
     assert "Pass@1 rises and Pass@64 falls: shown on `many`, not yet measured on `one`" in page
-    assert f"both with lr {study.RATE}: shown on `many`" in page and "10.0 hours" in page
+    assert f"both with lr {study.RATE}: shown on `many`" in page and "7.0 hours" in page
     assert "| diffsmooth | 3 | 50.0 ± 0.0 |" in page and "(40.0)" in page
 
 

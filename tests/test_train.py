@@ -494,7 +494,7 @@ def test_flags_at_the_edge_of_what_is_allowed():
 
 def test_the_defaults_are_those_that_the_study_was_made_with():
     args = train.parse([])
-    assert (args.loss, args.prompts, args.group_size, args.steps, args.lr, args.warmup) == ("diffsmooth", 32, 16, 1200, 2e-4, 10)
+    assert (args.loss, args.prompts, args.group_size, args.steps, args.lr, args.warmup) == ("diffsmooth", 32, 16, 1200, 1e-4, 10)
     assert (args.temperature, args.eval_problems, args.eval_samples, args.eval_temperature, args.warm_steps) == (1.0, 512, 64, 0.7, 500)
 
 

@@ -32,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 import eval as evaluation                              # found by the line above
 
 TASKS = {"many": "", "one": "--counts 3 --high 20 --targets 1 60"}
-QUARTER, HALF, RATE = RATES = ("5e-5", "1e-4", "2e-4")      # RATE is train.py's default
+HALF, RATE, TWICE = RATES = ("5e-5", "1e-4", "2e-4")        # RATE is train.py's default
 
 
 def rates(loss):
@@ -58,7 +58,9 @@ METHODS = {
     "maxrl": rates("maxrl"),
     "focal": strengths("focal --focal_gamma", 0.5, 1, 2),
 }
-FRONTIER, FRONTIER_RATES = ("grpo", "diffsmooth", "bonus", "passk", "maxrl"), (RATE, HALF)
+# Whose frontier is drawn, over which learning rates.
+FRONTIER = {"grpo": RATES, "diffsmooth": RATES,
+            "bonus": RATES[:2], "passk": RATES[:2], "maxrl": RATES[:2]}
 LONGER, LONG = ("grpo", "diffsmooth", "bonus", "penalty", "passk"), " --steps 2400"
 PATH = (100, 300, 600, 900, 1200, 1800, 2400)          # steps at which a run is measured on its way
 TEMPERATURES = ("0.4", "0.7", "1.0", "1.3")
@@ -112,7 +114,7 @@ def kept(study, method):
 def at_rates(study, method):
     """The kept setting; where the frontier is wanted, also its neighbours at the other rates."""
     setting = kept(study, method)
-    others = [with_rate(setting, lr) for lr in FRONTIER_RATES] if method in FRONTIER else []
+    others = [with_rate(setting, lr) for lr in FRONTIER.get(method, ())]
     return list(dict.fromkeys([setting, *others]))
 
 

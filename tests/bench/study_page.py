@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from study import (COLUMNS, FRONTIER, FRONTIER_RATES, HALF, KS, LONG, LONGER, METHODS, PASS, PATH,
-                   PROBLEMS, RATE, SAMPLES, TASKS, TEMPERATURES, Study, at_rates, best, kept,
+from study import (COLUMNS, FRONTIER, HALF, KS, LONG, LONGER, METHODS, PASS, PATH, PROBLEMS,
+                   RATE, RATES, SAMPLES, TASKS, TEMPERATURES, Study, at_rates, best, kept,
                    name_of, scores, tried, with_rate)
 import eval as evaluation                              # study.py has told where it lies
 
@@ -173,7 +173,7 @@ def claims(study):
     level, better = "Smoothing is at least as good as", "Smoothing is better at every k than"
     found = [("RL sharpens: Pass@1 rises and Pass@64 falls",
               compare(study, grpo, "base", want={1: 1, 64: -1}, enough=all))]
-    for lr in FRONTIER_RATES:
+    for lr in RATES:
         found.append((f"{level} GRPO at every k, both with lr {lr}",
                       compare(study, with_rate(ours, lr), with_rate(grpo, lr))))
     found += [
@@ -216,7 +216,8 @@ PAGE = """# The study
   none, *contradicted* if below at some k (a trade is), else *not shown*. Sharpening: *shown* if
   both changes are as said, *contradicted* if one is the opposite. Others: by the number they name.
 - **The frontier** is the highest Pass@1 that goes with a Pass@64 or more, over T 0.4, 0.7, 1, 1.3
-  (straight lines between), the learning rates {rates}, and the one kept. A gain over GRPO's
+  (straight lines between) and the learning rates {rates}; for bonus, passk and maxrl only
+  the first two, and the one kept. A gain over GRPO's
   is in Pass@1 at equal Pass@64: at GRPO's highest Pass@1 (the cold end), at the highest Pass@64
   that both reach (the hot end), and in the mean from the one to the other, by which it is judged.
 
@@ -246,7 +247,7 @@ def print_page(results, tasks, seeds):
                if (missing := [m for m in METHODS if not best(study, tried(study, m))])]
     import train
     print(PAGE.format(lines=len(results), problems=PROBLEMS, samples=SAMPLES,
-                      steps=train.parse([]).steps, rates=" and ".join(FRONTIER_RATES),
+                      steps=train.parse([]).steps, rates=", ".join(RATES),
                       hours=sum(line["seconds"] for line in results.values()) / 3600,
                       commits=", ".join({line["commit"]: 0 for line in results.values()}) or "none",
                       untried="; ".join(untried) or "none"))
