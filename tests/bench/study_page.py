@@ -217,9 +217,9 @@ PAGE = """# The study
   both changes are as said, *contradicted* if one is the opposite. Others: by the number they name.
 - **The frontier** is the highest Pass@1 that goes with a Pass@64 or more, over T 0.4, 0.7, 1, 1.3
   (straight lines between) and the learning rates {rates}; for bonus, passk and maxrl only
-  the first two, and the one kept. A gain over GRPO's
-  is in Pass@1 at equal Pass@64: at GRPO's highest Pass@1 (the cold end), at the highest Pass@64
-  that both reach (the hot end), and in the mean from the one to the other, by which it is judged.
+  the first two and the one kept. A gain over GRPO's is in Pass@1 at equal Pass@64: at GRPO's highest
+  Pass@1 (the cold end), at the highest Pass@64 that both reach (the hot end), and in the mean from
+  the one to the other, by which it is judged.
 
 ## The claims
 """
