@@ -50,7 +50,7 @@ METHODS = {
     "both gammas": strengths("diffsmooth --gamma_p 0.2 --gamma_n", 0.01, 0.03, 0.1),
     "gamma_n alone": strengths("diffsmooth --gamma_p 0 --gamma_n", 0.01, 0.03, 0.1),
     "reward form": strengths("diffsmooth_reward --gamma_p", 0.1, 0.2, 0.4),
-    "bonus": strengths("entropy --entropy_coef", 0.003, 0.01, 0.03),
+    "bonus": strengths("entropy --entropy_coef", 0.01, 0.03, 0.1),
     "penalty": strengths("entropy --entropy_coef", -0.003, -0.01, -0.03),
     "passk": strengths("passk --k", 2, 4, 8),
     "unlikeliness": strengths("unlikeliness --rank_coef", 0.1, 0.25, 0.5),
