@@ -140,8 +140,8 @@ def test_any_micro_batch_gives_the_plain_gradient(loss, micro_batch):
     stats = train.train_step(policy, Still(policy), rollout, REWARDS, loss, G, temperature=0.7, micro_batch=micro_batch,
                              grad_clip=1e9)
     assert abs(stats["loss"] - value.item()) < 1e-5
-    assert torch.allclose(gradient(policy), plain, rtol=1e-4, atol=1e-6), \
-        f"micro-batch {micro_batch}: gradient off by {(gradient(policy) - plain).abs().max():.1e}"
+    off = (gradient(policy) - plain).abs().max()
+    assert off < 1e-5 * plain.abs().max(), f"micro-batch {micro_batch}: gradient off by {off:.1e}"
 
 
 @pytest.mark.parametrize("micro_batch", [None, 5])
