@@ -343,10 +343,10 @@ def draw(study, file):
         for flags in (flags for flags in at_rates(study, method) if runs(study, flags)):
             points = [passes(study, [flags], T)[1].mean((0, 1, 2))[[0, -1]] for T in TEMPERATURES]
             lr = flags.split()[-1]
-            axes.plot(*zip(*points), marker="o", color=f"C{color}", label=f"{method}, lr {lr}",
+            axes.plot(*zip(*points), marker=".", color=f"C{color}", label=f"{method}, lr {lr}",
                       linestyle={RATE: "-", HALF: "--"}.get(lr, ":"))
-            for T, point in zip(TEMPERATURES, points if method == "grpo" else ()):
-                axes.annotate(f"T {float(T):g}", point, (4, 4), textcoords="offset points")
+            for T, point in zip(TEMPERATURES, points if flags == kept(study, "grpo") else ()):
+                axes.annotate(f"T {float(T):g}", point, (-30, -3), textcoords="offset points")
     axes.set(xlabel="Pass@1 (%)", ylabel="Pass@64 (%)",
              title=f"{study.task}: {PROBLEMS} problems, {SAMPLES} answers, four temperatures")
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
