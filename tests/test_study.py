@@ -78,6 +78,22 @@ def test_settings_are_kept_by_the_score_and_smoothing_gets_the_rates_too():
     assert study.name_of("many", GRPO, 4) not in names, "grpo is not tuned yet"
 
 
+def test_where_the_lowest_rate_is_best_a_lower_one_is_tried_by_smoothing_too():
+    settings = study.METHODS["grpo"]
+    results = {study.name_of("many", flags, 0): {"score": 40 - i} for i, flags in enumerate(settings)}
+    results |= {study.name_of("many", flags, 0): {"score": 40} for flags in study.METHODS["diffsmooth"]}
+    lower = f"--loss grpo --lr {study.LOWER}"
+    assert study.tried(seen(results), "grpo") == [lower, *settings]
+    assert study.kept(seen(results), "grpo") == GRPO, "the lower one is still to be tried"
+    assert study.with_rate(study.METHODS["diffsmooth"][0], study.LOWER) in study.tried(seen(results), "diffsmooth")
+    results[study.name_of("many", lower, 0)] = {"score": 41}
+    assert study.kept(seen(results), "grpo") == lower
+    assert study.at_rates(seen(results), "grpo") == [lower, *settings], "so its frontier has four"
+    assert study.longer(seen(results), "grpo") == settings[0] + study.LONG
+    results[study.name_of("many", GRPO, 0)] = {"score": 42}
+    assert study.tried(seen(results), "grpo") == settings, "the middle one was best"
+
+
 @pytest.mark.parametrize("ours, grpo, verdict", [
     (0.5, 0.3, "shown"),
     (0.3, 0.5, "contradicted"),
@@ -151,15 +167,16 @@ def test_the_page_copes_with_whatever_is_finished(monkeypatch, capsys):
     monkeypatch.setattr(study_page, "solutions", lambda task: np.array([1, 3]))
     study_page.print_page({}, ["many", "one"], [4])
     missing = "not yet measured on `many`, not yet measured on `one`"
-    assert capsys.readouterr().out.count(missing) == 16
+    assert capsys.readouterr().out.count(missing) == 17
     results = both(0.5, 0.3).results
-    results["many: base"] = line(*[(0.1, 0.9)] * 4) | {"path": [[0, [1, 2, 3]]]}
+    results["many: base"] = line(*[(0.1, 0.9)] * 4) | {"path": [[0, [10, 16, 17, 18, 19, 20, 30]]]}
     results[study.name_of("many", GRPO, 0)] = {"commit": "abc", "seconds": 0, "score": 40.0}
     study_page.print_page(results, ["many", "one"], [4, 5, 6])
     page = capsys.readouterr().out
     assert "Pass@1 rises and Pass@64 falls: shown on `many`, not yet measured on `one`" in page
     assert f"both with lr {study.RATE}: shown on `many`" in page and "7.0 hours" in page
     assert "| diffsmooth | 3 | 50.0 ± 0.0 |" in page and "(40.0)" in page
+    assert "| base | (15.00) |" in page, "half of Pass@1 = 10 and of the others' mean, 20"
 
 
 def test_a_run_is_measured_on_its_way_and_stays_the_same(monkeypatch, tmp_path):

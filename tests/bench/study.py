@@ -33,6 +33,7 @@ import eval as evaluation                              # found by the line above
 
 TASKS = {"many": "", "one": "--counts 3 --high 20 --targets 1 60"}
 HALF, RATE, TWICE = RATES = ("5e-5", "1e-4", "2e-4")        # RATE is train.py's default
+LOWER = "2.5e-5"                                       # tried too where the lowest of RATES is best
 
 
 def rates(loss):
@@ -101,14 +102,23 @@ def best(study, settings):
 def tried(study, method):
     """The settings of a method. Smoothing also gets GRPO's learning rates, at its best strength."""
     settings = METHODS[method]
-    strongest = best(study, settings)
-    if method == "diffsmooth" and strongest:
-        settings = list(dict.fromkeys(settings + [with_rate(strongest, lr) for lr in RATES]))
+    found = best(study, settings)
+    if method == "diffsmooth" and found:
+        rates = [flags.split()[-1] for flags in tried(study, "grpo")]
+        settings = list(dict.fromkeys(settings + [with_rate(found, lr) for lr in rates]))
+    elif found and found == with_rate(found, HALF):
+        settings = [with_rate(found, LOWER), *settings]
     return settings
 
 
 def kept(study, method):
     return best(study, tried(study, method)) or METHODS[method][1]
+
+
+def longer(study, method):
+    """The setting of a method's long runs, which have no need of the lower rate."""
+    settings = [flags for flags in tried(study, method) if LOWER not in flags]
+    return (best(study, settings) or METHODS[method][1]) + LONG
 
 
 def at_rates(study, method):
@@ -125,7 +135,7 @@ def wanted(study, methods):
     names += [name_of(study.task, flags, seed) for seed in study.seeds for m in ready
               for flags in at_rates(study, m)]
     if study.task == "many":
-        names += [name_of("many", kept(study, m) + LONG, seed) for seed in study.seeds[:3]
+        names += [name_of("many", longer(study, m), seed) for seed in study.seeds[:3]
                   for m in LONGER if m in ready]
     return list(dict.fromkeys(names))
 
