@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 from study import (COLUMNS, FRONTIER, HALF, KS, LONG, LONGER, METHODS, PASS, PATH, PROBLEMS,
-                   RATE, RATES, SAMPLES, TASKS, TEMPERATURES, Study, at_rates, best, kept,
-                   longer, name_of, scores, tried, with_rate)
+                   RATE, RATES, SAMPLES, TASKS, TEMPERATURES, TWICE, Study, at_rates, best,
+                   kept, longer, name_of, scores, tried, with_rate)
 import eval as evaluation                              # study.py has told where it lies
 
 SHOWN = (1, 4, 16, 64, "score")
@@ -358,7 +358,7 @@ def draw(study, file):
             points = [passes(study, [flags], T)[1].mean((0, 1, 2))[[0, -1]] for T in TEMPERATURES]
             lr = flags.split()[-1]
             axes.plot(*zip(*points), marker=".", color=f"C{color}", label=f"{method}, lr {lr}",
-                      linestyle={RATE: "-", HALF: "--"}.get(lr, ":"))
+                      linestyle={RATE: "-", HALF: "--", TWICE: ":"}.get(lr, "-."))
             for T, point in zip(TEMPERATURES, points if flags == kept(study, "grpo") else ()):
                 axes.annotate(f"T {float(T):g}", point, (-30, -3), textcoords="offset points")
     axes.set(xlabel="Pass@1 (%)", ylabel="Pass@64 (%)",
