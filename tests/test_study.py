@@ -106,6 +106,16 @@ def test_verdict_at_every_k(ours, grpo, verdict):
     assert study_page.compare(both(ours, grpo), SMOOTH, GRPO)[0] == verdict
 
 
+@pytest.mark.parametrize("second, verdict, score", [(0.5, "contradicted", "-10.0"), (0.2, "shown", "+10.0")])
+def test_of_several_rivals_the_best_counts(second, verdict, score):
+    """Ours has 40 %, the first rival 30 %, the second 50 % or 20 %: in the score 10 points behind or ahead."""
+    study_, other = both(0.4, 0.3), "--loss grpo --lr 2e-4"
+    for seed in (4, 5, 6):
+        study_.results[study.name_of("many", other, seed)] = line(*[second] * 4)
+    found = study_page.compare(study_, SMOOTH, GRPO, other, want={"score": 1})
+    assert found[0] == verdict and found[1].startswith(f"T 0.7: {score} [")
+
+
 def test_only_seeds_that_both_have_are_compared():
     study_ = both([0.5, 0.5, 0.9], 0.3)
     del study_.results[study.name_of("many", GRPO, 6)]
