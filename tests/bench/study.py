@@ -273,7 +273,6 @@ def save(file, results):
     os.replace(aside, file)
 
 
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))

@@ -207,10 +207,10 @@ PAGE = """# The study
   in {steps} steps. It is measured as by the table at its end: {problems} different held-out problems,
   {samples} answers each, draws of seed 0. T is the temperature of these answers.
 - **Settings.** Each method has three, tried on seed 0: a strength, or the learning rate where it
-  has none, and then a lower one if the lowest was best. Smoothing also has GRPO's learning rates,
-  at its best strength. The highest score on {problems} other held-out problems is kept: the mean of
-  Pass@1 and of the mean of Pass@2, 4 .. 64, at T 0.7. All else is of fresh seeds, and two methods
-  are compared on the seeds that both have.
+  has none, and then a lower rate if the lowest was best (nothing above the highest, even where that
+  was best). Smoothing also has GRPO's learning rates, at its best strength. The highest score on
+  {problems} other held-out problems is kept: the mean of Pass@1 and of the mean of Pass@2, 4 .. 64, at
+  T 0.7. All else is of fresh seeds, and two methods are compared on the seeds that both have.
 - **A weakness.** The other problems are harder: the generator repeats easy problems, so the first
   {problems} different ones are easier than the next. Training wins less there and costs more (the
   base has a score too), so what is kept was trained less, or collapsed less, than the test problems
