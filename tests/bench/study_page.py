@@ -212,9 +212,10 @@ PAGE = """# The study
   {problems} other held-out problems is kept: the mean of Pass@1 and of the mean of Pass@2, 4 .. 64, at
   T 0.7. All else is of fresh seeds, and two methods are compared on the seeds that both have.
 - **A weakness.** The other problems are harder: the generator repeats easy problems, so the first
-  {problems} different ones are easier than the next. Training wins less there and costs more (the
-  base has a score too), so what is kept was trained less, or collapsed less, than the test problems
-  would have it. The claims that name a rate, and the frontier, depend on that by strengths alone.
+  {problems} different ones are easier than the next, and of those that are left too few have many
+  solutions to match them. Training wins less there and costs more (the base has a score too), so
+  what is kept was trained less, or collapsed less, than the test problems would have it. The claims
+  that name a rate, and the frontier, depend on that by strengths alone.
 - **Not all settings are tried yet**, and the middle one stands for these: {untried}.
 - **A difference** is one of means over seeds, with a paired 95 % bootstrap interval over problems.
   What other seeds would change is not in that; so a difference counts as above (below) 0 only
