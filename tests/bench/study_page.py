@@ -364,5 +364,5 @@ def draw(study, file):
                 axes.annotate(f"T {float(T):g}", point, (-30, -3), textcoords="offset points")
     axes.set(xlabel="Pass@1 (%)", ylabel="Pass@64 (%)",
              title=f"{study.task}: {PROBLEMS} problems, {SAMPLES} answers, four temperatures")
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), handlelength=3.5)
     figure.savefig(file, dpi=150, bbox_inches="tight")
