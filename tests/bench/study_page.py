@@ -209,8 +209,8 @@ PAGE = """# The study
 - **Settings.** Each method has three, tried on seed 0: a strength, or the learning rate where it
   has none, and then a lower rate if the lowest was best (nothing above the highest, even where that
   was best). Smoothing also has GRPO's learning rates, at its best strength. The highest score on
-  {problems} other held-out problems is kept: the mean of Pass@1 and of the mean of Pass@2, 4 .. 64, at
-  T 0.7. All else is of fresh seeds, and two methods are compared on the seeds that both have.
+  {problems} other held-out problems is kept: the mean of Pass@1 and of the mean of Pass@2, 4 .. 64,
+  at T 0.7. All else is of fresh seeds, and two methods are compared on the seeds that both have.
 - **A weakness.** The other problems are harder: the generator repeats easy problems, so the first
   {problems} different ones are easier than the next, and of those that are left too few have many
   solutions to match them. Training wins less there and costs more (the base has a score too), so
@@ -224,10 +224,10 @@ PAGE = """# The study
   none, *contradicted* if below at some k (a trade is), else *not shown*. Sharpening: *shown* if
   both changes are as said, *contradicted* if one is the opposite. Others: by the number they name.
 - **The frontier** is the highest Pass@1 that goes with a Pass@64 or more, over T 0.4, 0.7, 1, 1.3
-  (straight lines between) and the learning rates {rates} (bonus, passk and maxrl: the first
-  two) and the one kept. A gain over GRPO's is in Pass@1 at equal Pass@64: at GRPO's highest Pass@1
-  (the cold end), at the highest Pass@64 that both reach (the hot end), and in the mean from the one
-  to the other, by which it is judged.
+  (straight lines between) and learning rates: the one kept; of GRPO and smoothing also {rates};
+  of bonus, passk and maxrl the first two of these. A gain over GRPO's is in Pass@1 at equal
+  Pass@64: at GRPO's highest Pass@1 (the cold end), at the highest Pass@64 that both reach (the hot
+  end), and in the mean from the one to the other, by which it is judged.
 
 ## The claims
 """
