@@ -75,6 +75,7 @@ def test_settings_are_kept_by_the_score_and_smoothing_gets_the_rates_too():
     names = study.wanted(seen(results), ["diffsmooth", "grpo"])
     assert study.name_of("many", strongest + study.HALF, 4) in names
     assert study.name_of("many", strongest + study.HALF + " --steps 2400", 6) in names
+    assert study.name_of("many", SMOOTH, 4) in names, "the default, though not kept"
     assert study.name_of("many", GRPO, 4) not in names, "grpo is not tuned yet"
 
 

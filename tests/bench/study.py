@@ -59,6 +59,7 @@ METHODS = {
     "maxrl": rates("maxrl"),
     "focal": strengths("focal --focal_gamma", 0.5, 1, 2),
 }
+DEFAULT = METHODS["diffsmooth"][1]                     # of train.py; measured even if another is kept
 # Whose frontier is drawn, over which learning rates.
 FRONTIER = {"grpo": RATES, "diffsmooth": RATES,
             "bonus": RATES[:2], "passk": RATES[:2], "maxrl": RATES[:2]}
@@ -133,7 +134,7 @@ def wanted(study, methods):
     names = [name_of(study.task, flags, 0) for m in methods for flags in tried(study, m)]
     ready = [m for m in methods if best(study, tried(study, m))]
     names += [name_of(study.task, flags, seed) for seed in study.seeds for m in ready
-              for flags in at_rates(study, m)]
+              for flags in at_rates(study, m) + [DEFAULT] * (m == "diffsmooth")]
     if study.task == "many":
         names += [name_of("many", longer(study, m), seed) for seed in study.seeds[:3]
                   for m in LONGER if m in ready]
