@@ -172,7 +172,10 @@ def claims(study):
     ours, grpo, two = own["diffsmooth"], own["grpo"], [own["bonus"], own["penalty"]]
     level = "Smoothing is at least as good as"
     found = [("RL sharpens: Pass@1 rises and Pass@64 falls",
-              compare(study, grpo, "base", want={1: 1, 64: -1}, enough=all))]
+              compare(study, grpo, "base", want={1: 1, 64: -1}, enough=all)),
+             (f"{level} the base at every k", compare(study, ours, "base")),
+             ("Pass@k training is at least as good as the base at every k",
+              compare(study, own["passk"], "base"))]
     for lr in RATES:
         found.append((f"{level} GRPO at every k, both with lr {lr}",
                       compare(study, with_rate(ours, lr), with_rate(grpo, lr))))
