@@ -165,20 +165,23 @@ def test_gain_over_the_frontier_by_hand():
 def test_a_colder_grpo_is_no_gain_over_its_frontier():
     """Ours at T 0.7 is GRPO at T 0.4: ahead at k = 1 at equal T, not at all over the frontier."""
     shares = [(0.5, 0.6), (0.4, 0.7), (0.3, 0.8), (0.2, 0.9)]
-    results = {study.name_of("many", flags, seed): line(*curve)
-               for flags, curve in ((SMOOTH, [shares[0], *shares[:3]]),
-                                    *((f"--loss grpo --lr {lr}", shares) for lr in study.RATES)) for seed in (4, 5, 6)}
+    results = {study.name_of("many", study.with_rate(flags, lr), seed): line(*curve)
+               for flags, curve in ((SMOOTH, [shares[0], *shares[:3]]), (GRPO, shares))
+               for lr in study.RATES for seed in (4, 5, 6)}
     verdict, numbers = study_page.compare_frontier(seen(results), "diffsmooth")
     assert verdict == "not shown" and "+0.0 [+0.0, +0.0] in the mean" in numbers
     del results[study.name_of("many", f"--loss grpo --lr {study.HALF}", 5)]
     assert study_page.compare_frontier(seen(results), "diffsmooth")[1].endswith("seeds 4, 6")
+    for seed in (4, 5, 6):
+        results.pop(study.name_of("many", study.with_rate(SMOOTH, study.TWICE), seed))
+    assert study_page.compare_frontier(seen(results), "diffsmooth") is None, "ours at two rates, GRPO at three"
 
 
 def test_the_page_copes_with_whatever_is_finished(monkeypatch, capsys):
     monkeypatch.setattr(study_page, "solutions", lambda task: np.array([1, 3]))
     study_page.print_page({}, ["many", "one"], [4])
     missing = "not yet measured on `many`, not yet measured on `one`"
-    assert capsys.readouterr().out.count(missing) == 17
+    assert capsys.readouterr().out.count(missing) == 19
     results = both(0.5, 0.3).results
     results["many: base"] = line(*[(0.1, 0.9)] * 4) | {"path": [[0, [10, 16, 17, 18, 19, 20, 30]]]}
     results[study.name_of("many", GRPO, 0)] = {"commit": "abc", "seconds": 0, "score": 40.0}
