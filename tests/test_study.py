@@ -193,6 +193,30 @@ def test_the_page_copes_with_whatever_is_finished(monkeypatch, capsys):
     assert "| base | (15.00) |" in page, "half of Pass@1 = 10 and of the others' mean, 20"
 
 
+def test_the_page_says_of_known_commits_that_they_compute_the_same(monkeypatch, capsys):
+    monkeypatch.setattr(study_page, "solutions", lambda task: np.array([1, 3]))
+    one, two = both(0.5, 0.3), sorted(study_page.ALIKE)[:2]
+    for commits, said in ((two, True), (two[:1], False), ([*two, "abc"], False)):
+        for i, each in enumerate(one.results.values()):
+            each["commit"] = commits[i % len(commits)]
+        study_page.print_page(one.results, ["many"], [4, 5, 6])
+        assert ("compute the same" in capsys.readouterr().out) is said
+
+
+def test_gamma_n_beside_gamma_p_is_judged_at_one_gamma_p():
+    """The kept gamma_p is 0.4, with 50 %; 0.2 has 40 % alone and 45 % with gamma_n, which so adds 5."""
+    beside, strongest = study.METHODS["both gammas"][1], study.METHODS["diffsmooth"][2]
+    assert beside.startswith(study.DEFAULT.split(" --lr")[0]) and study.DEFAULT != strongest
+    results = {study.name_of("many", flags, seed): line(*[share] * 4) for seed in (4, 5, 6)
+               for flags, share in ((study.DEFAULT, 0.4), (beside, 0.45), (strongest, 0.5))}
+    rates = [study.with_rate(strongest, lr) for lr in study.RATES]
+    results |= {study.name_of("many", flags, 0): {"score": 40 + (flags == strongest)}
+                for flags in study.METHODS["diffsmooth"] + rates}
+    assert study.kept(seen(results), "diffsmooth") == strongest
+    found = next(found for claim, found in study_page.claims(seen(results)) if "half is enough" in claim)
+    assert found[0] == "contradicted" and found[1].startswith("T 0.7: -5.0 [")
+
+
 def test_a_run_is_measured_on_its_way_and_stays_the_same(monkeypatch, tmp_path):
     small = ("--loss entropy --entropy_coef 0.1 --steps 2 --prompts 2 --group-size 2 "
              "--warm-steps 1 --max-new-tokens 4 --save-every 1")

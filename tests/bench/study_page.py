@@ -202,10 +202,13 @@ def claims(study):
 
 # ----------------------------------------------------------------------------------------- the page
 
+# Commits of which 60 steps, of grpo or of diffsmooth, end in the same weights and in the same table.
+ALIKE = {"a8c012a", "e303feb", "9ae2d2d", "dc35352", "c4da8b3"}
+
 PAGE = """# The study
 
 `python tests/bench/study.py` makes these runs; with `--only-print` it prints this page. So far:
-{lines} runs, {hours:.1f} hours of one core, from commit {commits}.
+{lines} runs, {hours:.1f} hours of one core, from commit {commits}{alike}.
 
 - **A run** is `train.py` with the flags given, else its defaults: a learning rate that falls to 0
   in {steps} steps. It is measured as by the table at its end: {problems} different held-out problems,
@@ -259,11 +262,14 @@ def print_page(results, tasks, seeds):
     studies = [Study(results, task, seeds) for task in tasks]
     untried = [f"`{study.task}`: " + ", ".join(missing) for study in studies
                if (missing := [m for m in METHODS if not best(study, tried(study, m))])]
+    commits = list(dict.fromkeys(line["commit"] for line in results.values()))
+    alike = ",\nwhich compute the same: 60 steps of grpo and of diffsmooth end in the same weights, bit for bit"
     import train
     print(PAGE.format(lines=len(results), problems=PROBLEMS, samples=SAMPLES,
                       steps=train.parse([]).steps, rates=", ".join(RATES),
                       hours=sum(line["seconds"] for line in results.values()) / 3600,
-                      commits=", ".join({line["commit"]: 0 for line in results.values()}) or "none",
+                      commits=", ".join(commits) or "none",
+                      alike=alike * (len(commits) > 1 and ALIKE.issuperset(commits)),
                       untried="; ".join(untried) or "none"))
     for rows in zip(*map(claims, studies)):
         found = {task: row[1] or ("not yet measured", "") for task, row in zip(tasks, rows)}
