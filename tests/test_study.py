@@ -90,7 +90,8 @@ def test_where_the_lowest_rate_is_best_a_lower_one_is_tried_by_smoothing_too():
     results[study.name_of("many", lower, 0)] = {"score": 41}
     assert study.kept(seen(results), "grpo") == lower
     assert study.at_rates(seen(results), "grpo") == [lower, *settings], "so its frontier has four"
-    assert study.longer(seen(results), "grpo") == settings[0] + study.LONG
+    assert study.longer(seen(results))["grpo"] == settings[0] + study.LONG
+    assert study.longer(seen(results))["grpo, same rate"] == GRPO + study.LONG
     results[study.name_of("many", GRPO, 0)] = {"score": 42}
     assert study.tried(seen(results), "grpo") == settings, "the middle one was best"
 
@@ -181,7 +182,7 @@ def test_the_page_copes_with_whatever_is_finished(monkeypatch, capsys):
     monkeypatch.setattr(study_page, "solutions", lambda task: np.array([1, 3]))
     study_page.print_page({}, ["many", "one"], [4])
     missing = "not yet measured on `many`, not yet measured on `one`"
-    assert capsys.readouterr().out.count(missing) == 19
+    assert capsys.readouterr().out.count(missing) == 22
     results = both(0.5, 0.3).results
     results["many: base"] = line(*[(0.1, 0.9)] * 4) | {"path": [[0, [10, 16, 17, 18, 19, 20, 30]]]}
     results[study.name_of("many", GRPO, 0)] = {"commit": "abc", "seconds": 0, "score": 40.0}

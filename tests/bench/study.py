@@ -116,10 +116,15 @@ def kept(study, method):
     return best(study, tried(study, method)) or METHODS[method][1]
 
 
-def longer(study, method):
-    """The setting of a method's long runs, which have no need of the lower rate."""
-    settings = [flags for flags in tried(study, method) if LOWER not in flags]
-    return (best(study, settings) or METHODS[method][1]) + LONG
+def longer(study):
+    """{method: setting} of the long runs, which have no need of the lower rate. GRPO also has the
+    rate of smoothing."""
+    found = {}
+    for method in LONGER:
+        settings = [flags for flags in tried(study, method) if LOWER not in flags]
+        found[method] = (best(study, settings) or METHODS[method][1]) + LONG
+    rate = re.search(r"--lr (\S+)", found["diffsmooth"])[1]
+    return found | {"grpo, same rate": with_rate(found["grpo"], rate)}
 
 
 def at_rates(study, method):
@@ -136,8 +141,8 @@ def wanted(study, methods):
     names += [name_of(study.task, flags, seed) for seed in study.seeds for m in ready
               for flags in at_rates(study, m) + [DEFAULT] * (m == "diffsmooth")]
     if study.task == "many":
-        names += [name_of("many", longer(study, m), seed) for seed in study.seeds[:3]
-                  for m in LONGER if m in ready]
+        names += [name_of("many", flags, seed) for seed in study.seeds[:3]
+                  for m, flags in longer(study).items() if m.split(",")[0] in ready]
     return list(dict.fromkeys(names))
 
 

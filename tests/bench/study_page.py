@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from study import (COLUMNS, DEFAULT, FRONTIER, HALF, KS, LONG, LONGER, METHODS, PASS, PATH,
+from study import (COLUMNS, DEFAULT, FRONTIER, HALF, KS, LONG, METHODS, PASS, PATH,
                    PROBLEMS, RATE, RATES, SAMPLES, TASKS, TEMPERATURES, TWICE, Study, at_rates, best,
                    kept, longer, name_of, scores, tried, with_rate)
 import eval as evaluation                              # study.py has told where it lies
@@ -169,6 +169,7 @@ def claims(study):
     """[(claim, (verdict, numbers), or None where runs are missing)]."""
     own = {method: kept(study, method) for method in METHODS}
     ours, grpo, two = own["diffsmooth"], own["grpo"], [own["bonus"], own["penalty"]]
+    long = longer(study)
     level = "Smoothing is at least as good as"
     found = [("RL sharpens: Pass@1 rises and Pass@64 falls",
               compare(study, grpo, "base", want={1: 1, 64: -1}, enough=all)),
@@ -188,8 +189,13 @@ def claims(study):
          compare_samples(study, with_rate(ours, RATE), with_rate(grpo, RATE))),
         ("With many solutions the bonus is better than the penalty, with one the other way round",
          compare(study, *two[::-1 if study.task == "one" else 1], want={"score": 1})),
-        (f"{level} the better of bonus and penalty at every k", compare(study, ours, *two))]
-    found += [
+        (f"{level} the better of bonus and penalty at every k", compare(study, ours, *two)),
+        (f"{level} GRPO at every k in the longer runs",
+         compare(study, long["diffsmooth"], long["grpo"])),
+        (f"{level} GRPO at every k in the longer runs, both with one rate",
+         compare(study, long["diffsmooth"], long["grpo, same rate"])),
+        (f"{level} the better of bonus and penalty at every k in the longer runs",
+         compare(study, long["diffsmooth"], long["bonus"], long["penalty"])),
         (f"The positive half matters: {level.lower()} gamma_n alone at every k",
          compare(study, ours, own["gamma_n alone"])),
         ("The positive half is enough: it is at least as good as both gammas at every k, all "
@@ -320,10 +326,12 @@ def print_task(study):
           ["method", "seeds", "in the mean", "cold end", "hot end"],
           [[m, len(found[0]), *found[1].values()] for m, found in gains.items() if found])
     print_path(study, "The path", measured, PATH[:5])
-    long = {m: longer(study, m) for m in LONGER if runs(study, longer(study, m))}
+    long = longer(study)
+    rivals = dict.fromkeys([long["grpo"], long["grpo, same rate"]])
+    long = {m: flags for m, flags in long.items() if runs(study, flags)}
     if long:
         print_path(study, "The longer runs", long, PATH)
-        print_temperature(study, long, "0.7", longer(study, "grpo"))
+        print_temperature(study, long, "0.7", *rivals)
 
 
 def print_temperature(study, settings, T, *rivals):
