@@ -182,7 +182,7 @@ def test_the_page_copes_with_whatever_is_finished(monkeypatch, capsys):
     monkeypatch.setattr(study_page, "solutions", lambda task: np.array([1, 3]))
     study_page.print_page({}, ["many", "one"], [4])
     missing = "not yet measured on `many`, not yet measured on `one`"
-    assert capsys.readouterr().out.count(missing) == 22
+    assert capsys.readouterr().out.count(missing) == 23
     results = both(0.5, 0.3).results
     results["many: base"] = line(*[(0.1, 0.9)] * 4) | {"path": [[0, [10, 16, 17, 18, 19, 20, 30]]]}
     results[study.name_of("many", GRPO, 0)] = {"commit": "abc", "seconds": 0, "score": 40.0}

@@ -194,6 +194,8 @@ def claims(study):
          compare(study, long["diffsmooth"], long["grpo"])),
         (f"{level} GRPO at every k in the longer runs, both with one rate",
          compare(study, long["diffsmooth"], long["grpo, same rate"])),
+        ("Four times fewer samples in the longer runs, both with one rate",
+         compare_samples(study, long["diffsmooth"], long["grpo, same rate"])),
         (f"{level} the better of bonus and penalty at every k in the longer runs",
          compare(study, long["diffsmooth"], long["bonus"], long["penalty"])),
         (f"The positive half matters: {level.lower()} gamma_n alone at every k",
