@@ -219,8 +219,9 @@ PAGE = """# The study
 {lines} runs, {hours:.1f} hours of one core, from commit {commits}{alike}.
 
 - **A run** is `train.py` with the flags given, else its defaults: a learning rate that falls to 0
-  in {steps} steps. It is measured as by the table at its end: {problems} different held-out problems,
-  {samples} answers each, draws of seed 0. T is the temperature of these answers.
+  in {steps} steps; a longer one has `{longer}` and the setting kept for {steps} (GRPO also
+  has the rate of smoothing). It is measured as by the table at its end: {problems} different held-out
+  problems, {samples} answers each, draws of seed 0. T is the temperature of these answers.
 - **Settings.** Each method has three, tried on seed 0: a strength, or the learning rate where it
   has none, and then a lower rate if the lowest was best (nothing above the highest, even where that
   was best). Smoothing also has GRPO's learning rates, at its best strength. The highest score on
@@ -274,7 +275,7 @@ def print_page(results, tasks, seeds):
     alike = ",\nwhich compute the same: 60 steps of grpo and of diffsmooth end in the same weights, bit for bit"
     import train
     print(PAGE.format(lines=len(results), problems=PROBLEMS, samples=SAMPLES,
-                      steps=train.parse([]).steps, rates=", ".join(RATES),
+                      steps=train.parse([]).steps, longer=LONG.strip(), rates=", ".join(RATES),
                       hours=sum(line["seconds"] for line in results.values()) / 3600,
                       commits=", ".join(commits) or "none",
                       alike=alike * (len(commits) > 1 and ALIKE.issuperset(commits)),
