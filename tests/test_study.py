@@ -5,6 +5,7 @@ Bugs killed here: seeds pooled that one of the two has not, a verdict from the i
 setting chosen by large k, a trade called a gain, Pass@1 compared at unequal Pass@64, a path that
 moves the run.
 """
+import re
 import signal
 import sys
 from pathlib import Path
@@ -216,6 +217,39 @@ def test_gamma_n_beside_gamma_p_is_judged_at_one_gamma_p():
     assert study.kept(seen(results), "diffsmooth") == strongest
     found = next(found for claim, found in study_page.claims(seen(results)) if "half is enough" in claim)
     assert found[0] == "contradicted" and found[1].startswith("T 0.7: -5.0 [")
+
+
+def test_the_claims_on_longer_runs_are_each_about_the_runs_that_they_name():
+    """In longer runs smoothing's Pass@k is 35 + k / 2: 35.5 at k = 1, and 40, what GRPO has at the same
+    rate, at k = 10. At its own best rate GRPO has 30, the bonus 20, the penalty 25."""
+    shares = {SMOOTH: (0.35, 0.67), GRPO: 0.4, f"--loss grpo --lr {study.HALF}": 0.3,
+              study.METHODS["bonus"][1]: 0.2, study.METHODS["penalty"][1]: 0.25}
+    results = {study.name_of("many", flags + study.LONG, seed): line(*[share] * 4)
+               for flags, share in shares.items() for seed in (4, 5, 6)}
+    rates = [*study.METHODS["grpo"], f"--loss grpo --lr {study.LOWER}"]
+    results |= {study.name_of("many", flags, 0): {"score": 40 - i} for i, flags in enumerate(rates)}
+    numbers = {claim: found[1] for claim, found in study_page.claims(seen(results)) if found}
+    assert {claim.split("longer runs")[-1]: number.split(" [")[0] for claim, number in numbers.items()
+            if "GRPO at every k in" in claim} == {"": "T 0.7: +5.5", ", both with one rate": "T 0.7: -4.5"}
+    assert {claim.split()[0]: number.split(" [")[0] for claim, number in numbers.items()
+            if "GRPO" not in claim} == {"Four": "T 0.7: k = 10", "Smoothing": "T 0.7: +10.5"}
+
+
+def test_the_table_of_the_readme_is_the_study_s():
+    """A row's flags are those of a setting of the study; its numbers, means over the seeds named."""
+    text = (study.ROOT / "README.md").read_text().split("## Results")[1].split("## The paper's claims")[0]
+    seeds = list(range(4, 4 + int(re.search(r"mean of (\d) seeds", text)[1])))
+    found = study.Study(study.read(study.ROOT / "tests/bench/study.json"), "many", seeds)
+    settings = {str(train.parse(flags.split())): flags for m in study.METHODS for flags in study.tried(found, m)}
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in text.splitlines() if row.startswith("|")]
+    assert rows[0] == ["", "k = 1", "4", "16", "64"] and rows[-1][0] == "minus `grpo`"
+    flags = {cell: settings[str(train.parse(f"--loss {cell[1:-1]}".split()))] for cell, *_ in rows[3:-1]}
+    flags[rows[2][0]] = "base"
+    for cell, *numbers in rows[2:-1]:
+        has, x = study_page.passes(found, [flags[cell]], "0.7")
+        assert has == seeds and numbers == [f"{x[..., k - 1].mean():.1f}" for k in (1, 4, 16, 64)]
+    _, x = study_page.passes(found, [flags["`diffsmooth`"], flags["`grpo`"]], "0.7")
+    assert rows[-1][1:] == [str(study_page.gain(study_page.lead, x[..., k - 1])) for k in (1, 4, 16, 64)]
 
 
 def test_a_run_is_measured_on_its_way_and_stays_the_same(monkeypatch, tmp_path):

@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from study import (COLUMNS, DEFAULT, FRONTIER, HALF, KS, LONG, METHODS, PASS, PATH,
-                   PROBLEMS, RATE, RATES, SAMPLES, TASKS, TEMPERATURES, TWICE, Study, at_rates, best,
-                   kept, longer, name_of, scores, tried, with_rate)
+from study import (COLUMNS, DEFAULT, FRONTIER, HALF, KS, LONG, METHODS, PASS, PATH, PROBLEMS, RATE,
+                   RATES, SAMPLES, TASKS, TEMPERATURES, TWICE, Study, at_rates, best, kept, longer,
+                   name_of, scores, tried, with_rate)
 import eval as evaluation                              # study.py has told where it lies
 
 SHOWN = (1, 4, 16, 64, "score")
@@ -210,7 +210,7 @@ def claims(study):
 
 # ----------------------------------------------------------------------------------------- the page
 
-# Commits of which 60 steps, of grpo or of diffsmooth, end in the same weights and in the same table.
+# Commits of which 60 steps, of grpo or of diffsmooth, end in the same weights and the same table.
 ALIKE = {"a8c012a", "e303feb", "9ae2d2d", "dc35352", "c4da8b3"}
 
 PAGE = """# The study
@@ -272,7 +272,8 @@ def print_page(results, tasks, seeds):
     untried = [f"`{study.task}`: " + ", ".join(missing) for study in studies
                if (missing := [m for m in METHODS if not best(study, tried(study, m))])]
     commits = list(dict.fromkeys(line["commit"] for line in results.values()))
-    alike = ",\nwhich compute the same: 60 steps of grpo and of diffsmooth end in the same weights, bit for bit"
+    alike = (",\nwhich compute the same: 60 steps of grpo and of diffsmooth end in the same "
+             "weights, bit for bit")
     import train
     print(PAGE.format(lines=len(results), problems=PROBLEMS, samples=SAMPLES,
                       steps=train.parse([]).steps, longer=LONG.strip(), rates=", ".join(RATES),
