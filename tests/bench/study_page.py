@@ -220,8 +220,8 @@ PAGE = """# The study
 
 - **A run** is `train.py` with the flags given, else its defaults: a learning rate that falls to 0
   in {steps} steps; a longer one has `{longer}` and the setting kept for {steps} (GRPO also
-  has the rate of smoothing). It is measured as by the table at its end: {problems} different held-out
-  problems, {samples} answers each, draws of seed 0. T is the temperature of these answers.
+  has the rate of smoothing). It is measured as by the table at its end: {problems} different
+  held-out problems, {samples} answers each, draws of seed 0. T is the temperature of these answers.
 - **Settings.** Each method has three, tried on seed 0: a strength, or the learning rate where it
   has none, and then a lower rate if the lowest was best (nothing above the highest, even where that
   was best). Smoothing also has GRPO's learning rates, at its best strength. The highest score on
@@ -232,8 +232,7 @@ PAGE = """# The study
   {problems} different ones are easier than the next, and of those that are left too few have many
   solutions to match them. Training wins less there and costs more (the base has a score too), so
   what is kept was trained less, or collapsed less, than the test problems would have it. The claims
-  that name a rate, and the frontier, depend on that by strengths alone.
-- **Not all settings are tried yet**, and the middle one stands for these: {untried}.
+  that name a rate, and the frontier, depend on that by strengths alone.{untried}
 - **A difference** is one of means over seeds, with a paired 95 % bootstrap interval over problems.
   What other seeds would change is not in that; so a difference counts as above (below) 0 only
   where the interval is, and every one of the seeds by itself.
@@ -269,7 +268,8 @@ def ends(curve):
 
 def print_page(results, tasks, seeds):
     studies = [Study(results, task, seeds) for task in tasks]
-    untried = [f"`{study.task}`: " + ", ".join(missing) for study in studies
+    untried = [f"\n- **Not all settings are tried yet** on `{study.task}`, and the middle one "
+               f"stands for these: {', '.join(missing)}." for study in studies
                if (missing := [m for m in METHODS if not best(study, tried(study, m))])]
     commits = list(dict.fromkeys(line["commit"] for line in results.values()))
     alike = (",\nwhich compute the same: 60 steps of grpo and of diffsmooth end in the same "
@@ -280,7 +280,7 @@ def print_page(results, tasks, seeds):
                       hours=sum(line["seconds"] for line in results.values()) / 3600,
                       commits=", ".join(commits) or "none",
                       alike=alike * (len(commits) > 1 and ALIKE.issuperset(commits)),
-                      untried="; ".join(untried) or "none"))
+                      untried="".join(untried)))
     for rows in zip(*map(claims, studies)):
         found = {task: row[1] or ("not yet measured", "") for task, row in zip(tasks, rows)}
         verdicts = ", ".join(f"{verdict} on `{task}`" for task, (verdict, _) in found.items())
