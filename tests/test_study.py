@@ -195,6 +195,16 @@ def test_the_page_copes_with_whatever_is_finished(monkeypatch, capsys):
     assert "| base | (15.00) |" in page, "half of Pass@1 = 10 and of the others' mean, 20"
 
 
+def test_the_page_names_the_methods_that_are_not_tried_yet_and_only_these(monkeypatch, capsys):
+    monkeypatch.setattr(study_page, "solutions", lambda task: np.array([1, 3]))
+    all_tried = {study.name_of("many", study.with_rate(flags, lr), 0): {"commit": "abc", "seconds": 0, "score": 40.0}
+                 for settings in study.METHODS.values() for flags in settings for lr in (study.LOWER, *study.RATES)}
+    without = {name: line for name, line in all_tried.items() if name != study.name_of("many", GRPO, 0)}
+    for results, named in ((all_tried, []), (without, ["grpo"])):
+        study_page.print_page(results, ["many"], [4, 5, 6])
+        assert re.findall(r"tried yet\*\* on `many`.*these: (.*)\.", capsys.readouterr().out) == named
+
+
 def test_the_page_says_of_known_commits_that_they_compute_the_same(monkeypatch, capsys):
     monkeypatch.setattr(study_page, "solutions", lambda task: np.array([1, 3]))
     one, two = both(0.5, 0.3), sorted(study_page.ALIKE)[:2]
