@@ -262,6 +262,49 @@ def test_the_table_of_the_readme_is_the_study_s():
     assert rows[-1][1:] == [str(study_page.gain(study_page.lead, x[..., k - 1])) for k in (1, 4, 16, 64)]
 
 
+PAGE = (study.ROOT / "tests/bench/study.md").read_text()
+CLAIMS = (study.ROOT / "README.md").read_text().split("## The paper's claims")[1].split("\n## ")[0]
+
+
+def test_the_page_is_printed_from_all_the_results():
+    results = study.read(study.ROOT / "tests/bench/study.json")
+    hours = sum(line["seconds"] for line in results.values()) / 3600
+    assert f"So far:\n{len(results)} runs, {hours:.1f} hours of one core" in PAGE
+
+
+def test_every_interval_of_the_readme_s_claims_is_on_the_page():
+    intervals = re.findall(r"(-?[\d.]+)\s(\[[^]]+\])", CLAIMS)
+    assert len(intervals) >= 5
+    for number, interval in intervals:
+        assert re.search(rf"[ +]{re.escape(f'{number} {interval}')}", PAGE), (number, interval)
+
+
+@pytest.mark.parametrize("readme, page, verdict", [
+    ("RL sharpens: shown.", "RL sharpens", "shown"),
+    ("at one rate: shown at 1e-4 and 2e-4", "GRPO at every k, both with lr 1e-4:", "shown"),
+    ("at one rate: shown at 1e-4 and 2e-4", "GRPO at every k, both with lr 2e-4:", "shown"),
+    ("at 5e-5 a trade", "GRPO at every k, both with lr 5e-5:", "contradicted"),
+    ("each at its best rate: shown here", "Smoothing has a higher score", "shown"),
+    ("a trade by validation problems", "each with its best setting:", "contradicted"),
+    ("In longer runs (2400 steps, 3 seeds): shown", "in the longer runs:", "shown"),
+    ("In longer runs (2400 steps, 3 seeds): shown", "GRPO at every k in the longer runs, both", "shown"),
+    ("shown, against bonus and penalty too", "penalty at every k in the longer runs:", "shown"),
+    ("another rate or temperature: not shown", "outside GRPO's frontier", "not shown"),
+    ("Four times fewer samples: contradicted", "samples: smoothing has", "contradicted"),
+    ("better of bonus and penalty: contradicted", "and penalty at every k:", "contradicted"),
+    ("with one: not shown", "the bonus is better than the penalty", "not shown"),
+    ("Pass@k training, unlikeliness, CISPO: contradicted", "as good as passk", "contradicted"),
+    ("Pass@k training, unlikeliness, CISPO: contradicted", "good as unlikeliness", "contradicted"),
+    ("Pass@k training, unlikeliness, CISPO: contradicted", "as good as cispo", "contradicted"),
+    ("contradicted against the base", "Smoothing is at least as good as the base", "contradicted"),
+    ("correct half of Eq. (6) does it: shown", "The positive half matters", "shown")])
+def test_a_verdict_of_the_readme_is_the_page_s(readme, page, verdict):
+    """README's bullets speak of `many`, and say a trade where one is part of the sentence."""
+    assert readme in " ".join(CLAIMS.replace("**", "").split())
+    heads = [line for line in PAGE.splitlines() if line.startswith("- **") and page in line]
+    assert heads and all(f": {verdict} on `many`" in line for line in heads), heads
+
+
 def test_a_run_is_measured_on_its_way_and_stays_the_same(monkeypatch, tmp_path):
     small = ("--loss entropy --entropy_coef 0.1 --steps 2 --prompts 2 --group-size 2 "
              "--warm-steps 1 --max-new-tokens 4 --save-every 1")
