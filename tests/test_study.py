@@ -3,7 +3,7 @@ by hand; and a run of two steps, which being measured on the way must not change
 
 Bugs killed here: seeds pooled that one of the two has not, a verdict from the interval alone, a
 setting chosen by large k, a trade called a gain, Pass@1 compared at unequal Pass@64, a path that
-moves the run.
+moves the run, a README that says what the results no longer do.
 """
 import re
 import signal

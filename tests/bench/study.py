@@ -1,6 +1,6 @@
 """The paper's experiment on two CPU cores: what does smoothing keep, on which task, against what?
 
-    python tests/bench/study.py                          # everything: twenty hours, an estimate
+    python tests/bench/study.py                          # everything: twenty hours
     python tests/bench/study.py --tasks many --methods grpo diffsmooth --seeds 4 5 6
     python tests/bench/study.py --only-print > tests/bench/study.md
     python tests/bench/study.py --plot tests/bench/study.png                   # needs matplotlib
