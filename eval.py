@@ -1,7 +1,8 @@
-"""How it is measured: Pass@k with intervals, and how many different right answers a model has.
+"""How it is measured: Pass@k with intervals, and how many different correct answers a model has.
 
-    python eval.py runs/base runs/grpo runs/diffsmooth --n 128
+    python eval.py runs/base runs/grpo runs/diffsmooth --n 128 --show 3
     python eval.py runs/grpo runs/diffsmooth --temperatures 0.4 0.7 1 1.3 --plot frontier.png
+    python eval.py runs/grpo runs/diffsmooth --curves curves.png       # what their log.csv says
 
 draws n answers to each held-out problem from every model named (a run of train.py, a model folder,
 or a hub name), all on the same problems, prints a table, and writes it with the per-problem counts.
@@ -15,27 +16,43 @@ For a problem with n samples of which c are correct:
 - sigma    Gini-Simpson diversity of the correct answers, the chance that two correct samples
            differ: 1 - sum_j n_j (n_j - 1) / (c (c - 1)), without bias; over problems with c >= 2.
 - nats     mean of -log pi(y|x): an estimate of the entropy of whole answers.
+distinct, as_text and sigma are left out for --task math, where all correct answers are equal.
 Intervals are 95 % bootstrap intervals over problems, and those of a difference are paired: the same
 resampled problems serve all models.
 """
 import argparse
+import contextlib
+import csv
+import datetime
+import errno
 import hashlib
 import importlib.util
+import itertools
 import json
 import math
 import os
+import re
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
+# Threads without work spin for a while, and two runs on one machine spin against each other. A
+# shorter while costs a single run nothing. GNU's OpenMP reads this when torch is imported.
+if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+    os.environ["GOMP_SPINCOUNT"] = "2000"
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from tqdm import tqdm
 
+import losses
 import policy as policy_module
-from rewards import SETTING, add_task_flags, fill_task_flags, make_task
+import rewards
+from policy import UserError
+from rewards import Problem, SETTING, add_task_flags, fill_task_flags, make_task
 from sample import chat, encode, sample
+
+MEASURES = ("distinct", "as_text", "sigma", "parsed", "finished", "tokens", "nats")
 
 
 def pass_at_k(n, c, k):
@@ -47,43 +64,34 @@ def pass_at_k(n, c, k):
     if not 0 <= c <= n:
         raise ValueError(f"{c} correct among {n} samples is impossible.")
     if not 1 <= k <= n:
-        raise ValueError(f"Pass@{k} needs at least {k} samples a problem, but there are {n}: raise "
-                         "--n or lower k.")
+        raise ValueError(f"Pass@{k} needs at least {k} samples per problem, but there are {n}.")
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
 def evaluate(policy, tokenizer, task, problems, n, max_new_tokens, temperature=1.0, generator=None,
              rows=1024):
-    """n answers to each problem -> one dict a problem, see `record`. rows: answers in flight.
+    """n answers to each problem -> one dict per problem, see `record`. rows: answers in flight."""
+    most = min(n, rows)                                # a large n is drawn in several pieces
+    pieces = [min(most, n - drawn) for drawn in range(0, n, most)]
 
-    Under torchrun the batches of problems are dealt out to the processes, and each gets the records
-    of all: those of one process, bit for bit."""
-    records = {}                                       # number of a batch -> its records
-    problems_at_once, answers_at_once = max(1, rows // n), max(1, min(n, rows))
-    for start in tqdm(range(0, len(problems), problems_at_once), desc="evaluate", leave=False,
-                      disable=rank() > 0 or not sys.stderr.isatty()):
-        batch, number = problems[start:start + problems_at_once], start // problems_at_once
-        if number % world() != rank():                 # another's: only the generator goes past it
-            for drawn in range(0, n, answers_at_once):
-                torch.rand(len(batch) * min(answers_at_once, n - drawn), max_new_tokens,
-                           generator=generator, device=policy.device)
-            continue
+    def measure(batch):
         prompts = [chat(tokenizer, task.system, task.prompt(x), task.style) for x in batch]
-        answers = [[] for _ in batch]                  # a problem: (text, tokens, nats, finished)
-        for drawn in range(0, n, answers_at_once):     # a group larger than `rows` in several goes
-            G = min(answers_at_once, n - drawn)
+        answers = [[] for _ in batch]                  # per problem: (text, tokens, nats, finished)
+        for G in pieces:
             rollout = sample(policy, tokenizer, prompts, G, max_new_tokens, temperature, generator)
-            facts = zip(rollout.texts, rollout.mask.sum(1).tolist(),
-                        (-rollout.logp.sum(1)).tolist(), rollout.finished.tolist())
-            for row, fact in enumerate(facts):
-                answers[row // G].append(fact)
-        records[number] = [record(task, problem, given) for problem, given in zip(batch, answers)]
-    parts = [records]
-    if world() > 1:
-        parts = [None] * world()
-        torch.distributed.all_gather_object(parts, records)
-    records = {number: some for part in parts for number, some in part.items()}
-    return [one for number in sorted(records) for one in records[number]]
+            columns = zip(rollout.texts, rollout.mask.sum(1).tolist(),
+                          (-rollout.logp.sum(1)).tolist(), rollout.finished.tolist())
+            for row, answer in enumerate(columns):
+                answers[row // G].append(answer)
+        return [record(task, problem, some) for problem, some in zip(batch, answers)]
+
+    def pass_over(batch):                              # the generator, without an answer
+        for G in pieces:
+            torch.rand(len(batch) * G, max_new_tokens, generator=generator, device=policy.device)
+
+    at_once = problems_at_once(len(problems), n, rows)
+    batches = [problems[start:start + at_once] for start in range(0, len(problems), at_once)]
+    return share_out(batches, measure, pass_over)
 
 
 def record(task, problem, answers):
@@ -92,12 +100,17 @@ def record(task, problem, answers):
     judged = {text: (task.reward(problem, text) == 1, task.canonical(text)) for text in set(texts)}
     correct = [text for text in texts if judged[text][0]]
     forms = Counter(judged[text][1] for text in correct)
+    wrong = Counter(judged[text][1] or text[:60] for text in texts if not judged[text][0])
     c, n = len(correct), len(texts)
-    same = sum(m * (m - 1) for m in forms.values())    # ordered pairs of correct samples that agree
-    return {"problem": list(problem), "n": n, "c": c, "distinct": len(forms),
-            "as_text": len(set(correct)), "sigma": 1 - same / (c * (c - 1)) if c >= 2 else None,
-            "parsed": sum(judged[text][1] is not None for text in texts) / n,
-            "finished": sum(finished) / n, "tokens": sum(tokens) / n, "nats": sum(nats) / n}
+    found = {"problem": list(problem), "n": n, "c": c, "correct": dict(forms.most_common()),
+             "wrong": dict(wrong.most_common(3))}
+    if task.several_answers:
+        same = sum(m * (m - 1) for m in forms.values())        # ordered pairs that agree
+        found |= {"distinct": len(forms), "as_text": len(set(correct)),
+                  "sigma": 1 - same / (c * (c - 1)) if c >= 2 else None}
+    return found | {"parsed": sum(judged[text][1] is not None for text in texts) / n,
+                    "finished": sum(finished) / n, "tokens": sum(tokens) / n,
+                    "nats": sum(nats) / n}
 
 
 def columns(records):
@@ -105,8 +118,9 @@ def columns(records):
     n = records[0]["n"]
     ks = [2 ** i for i in range(n.bit_length())]       # 1, 2, 4, ... up to n
     values = {f"Pass@{k}": [100 * pass_at_k(n, r["c"], k) for r in records] for k in ks}
-    for name in ("distinct", "as_text", "sigma", "parsed", "finished", "tokens", "nats"):
-        values[name] = [math.nan if r[name] is None else r[name] for r in records]
+    for name in MEASURES:
+        if name in records[0]:
+            values[name] = [math.nan if r[name] is None else r[name] for r in records]
     return {name: np.array(column, dtype=float) for name, column in values.items()}
 
 
@@ -137,9 +151,11 @@ def interval(x, picks):
     return {"mean": float(x[exists].mean()), "low": float(low), "high": float(high)}
 
 
+# ----------------------------------------------- a first reading ends here; below: tables, pictures
+
 def table(summaries):
-    """The summaries as text: a line a measure, a column a model. The first has its own interval,
-    the others have their gain over it with the interval of the gain."""
+    """The summaries as text: a line per measure, a column per model. The first has its own
+    interval, the others have their gain over it with the interval of the gain."""
     first = next(iter(summaries))
     others = [model for model in summaries if model != first]
     lines = [["", first, *(f"{model} (gain over {first})" for model in others)]]
@@ -168,10 +184,8 @@ def curve(row, part="mean"):
     return ks, [row[f"Pass@{k}"][part] for k in ks]
 
 
-# ----------------------------------------------- a first reading ends here; below: pictures, flags
-
 def chart(summaries, height=12):
-    """The Pass@k curves in characters, a letter a model, for those who sit at a terminal."""
+    """The Pass@k curves in characters, a letter per model, for those who sit at a terminal."""
     ks, _ = curve(next(iter(summaries.values())))
     top = max(max(curve(row)[1]) for row in summaries.values()) or 1.0
     grid = [[" "] * (len(ks) * (len(summaries) + 3)) for _ in range(height + 1)]
@@ -185,44 +199,129 @@ def chart(summaries, height=12):
     return "\n".join(line.rstrip() for line in lines)
 
 
+def print_table(summaries):
+    """The table; a picture for eyes, but a pipe or a file gets numbers only."""
+    print(table(summaries))
+    if sys.stdout.isatty():
+        print(chart(summaries))
+
+
+def answers_of(task, problem, records):
+    """What each model says to a problem: the different correct answers with their shares of its
+    samples, most frequent first, and the most frequent wrong ones (x), as text with bars.
+
+    records: {model: its record of this problem}."""
+    lines = [" ".join(task.prompt(problem).split())[:90]]
+    for model, one in records.items():
+        lines.append(f"  {model}: {one['c']} of {one['n']} correct")
+        wrong = list(one["wrong"].items())[:1 if task.several_answers else 3]
+        marked = [(" ", *x) for x in one["correct"].items()] + [("x", *x) for x in wrong]
+        lines += [f"  {mark} {' '.join(text.split())[:36]:36} {100 * count / one['n']:5.1f} % "
+                  + "#" * round(40 * count / one["n"]) for mark, text, count in marked]
+    return "\n".join(lines)
+
+
+def most_changed(task, problems, before, after, name):
+    """Three lines on the problem whose correct answers changed their shares most in training."""
+    def change(i):
+        old, new = before[i]["correct"], after[i]["correct"]
+        return sum(abs(old.get(form, 0) - new.get(form, 0)) for form in old | new)
+
+    at = max(range(len(before)), key=change)
+    lines = [f"{' '.join(task.prompt(problems[at]).split())[:80]} has changed most:"]
+    for model, one in (("base", before[at]), (name, after[at])):
+        said = [f"{form} {100 * n / one['n']:.0f} %" for form, n in one["correct"].items()]
+        lines.append(f"  {model}: " + (", ".join(said[:4]) or "never correct")
+                     + f", {len(said) - 4} more" * (len(said) > 4))
+    return "\n".join(lines)
+
+
+def worth_showing(task, problems, wanted):
+    """The first `wanted` problems that have several solutions; of Math simply the first."""
+    several = (i for i, problem in enumerate(problems)
+               if not task.several_answers or len(task.solutions(problem)) > 2)
+    return list(itertools.islice(several, wanted))
+
+
 def plot(summaries, file, title):
     """{temperature: summaries} as a picture. One temperature: Pass@k against k, with intervals as
-    bands. Several: the frontier, Pass@1 against Pass@(largest k up to 64), a curve a model."""
+    bands. Several: the frontier, Pass@1 against Pass@(largest k up to 64), a curve per model."""
+    with figure(file, 1) as axes:
+        models = next(iter(summaries.values()))
+        ks, _ = curve(next(iter(models.values())))
+        if len(summaries) == 1:
+            for model, row in models.items():
+                axes.plot(ks, curve(row)[1], marker="o", label=model)
+                axes.fill_between(ks, curve(row, "low")[1], curve(row, "high")[1], alpha=0.2)
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(ks, [str(k) for k in ks])
+            axes.set(xlabel="k", ylabel="Pass@k (%)")
+        else:
+            k = max(k for k in ks if k <= 64)
+            for model in models:
+                rows = [some[model] for some in summaries.values()]
+                points = [(row["Pass@1"]["mean"], row[f"Pass@{k}"]["mean"]) for row in rows]
+                axes.plot(*zip(*points), marker="o", label=model)
+                for temperature, point in zip(summaries, points):
+                    axes.annotate(f"T {temperature}", point, textcoords="offset points",
+                                  xytext=(4, 4))
+            axes.set(xlabel="Pass@1 (%)", ylabel=f"Pass@{k} (%)")
+        axes.set_title(title)
+        axes.legend()
+
+
+# What --curves draws: columns of log.csv, the first that a log has; those of every step smoothed.
+PANELS = {"Pass@1, held out (%)": ["held_out_1"], "Pass@16, held out (%)": ["held_out_16"],
+          "entropy (nats per token)": ["entropy"],
+          "different correct answers per problem": ["held_out_distinct", "distinct"]}
+
+
+def plot_curves(folders, file):
+    """What happened during training, from log.csv alone: four panels, a line per run."""
+    logs = {}
+    for folder in folders:
+        try:
+            with open(Path(folder) / "log.csv", newline="") as opened:
+                logs[folder] = list(csv.DictReader(opened))
+        except OSError:
+            raise UserError(f"--curves: '{folder}' is no run of train.py: it has no log.csv.")
+    with figure(file, 4) as panels:
+        for axes, (title, names) in zip(panels.flat, PANELS.items()):
+            for folder, rows in logs.items():
+                name = next((x for x in names if rows and rows[0].get(x) is not None), None)
+                points = [(int(row["step"]), float(row[name])) for row in rows if row.get(name)]
+                steps, values = zip(*points) if points else ((), ())
+                width = 1 if name and name.startswith("held_out") else min(25, len(values) or 1)
+                smooth = np.convolve(values, np.ones(width) / width, "valid") if values else ()
+                axes.plot(steps[len(steps) - len(smooth):], smooth, label=Path(folder).name,
+                          marker="." if width == 1 else None)
+            axes.set(title=title, xlabel="step")
+        panels.flat[0].legend(fontsize="small")
+
+
+@contextlib.contextmanager
+def figure(file, panels):
+    """Axes to draw on, which are then written to `file`: one, or 2 x 2 for 4 panels."""
     import matplotlib
     matplotlib.use("Agg")                              # no screen is needed
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(figsize=(6, 4.5))
-    models = next(iter(summaries.values()))
-    ks, _ = curve(next(iter(models.values())))
-    if len(summaries) == 1:
-        for model, row in models.items():
-            axes.plot(ks, curve(row)[1], marker="o", label=model)
-            axes.fill_between(ks, curve(row, "low")[1], curve(row, "high")[1], alpha=0.2)
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(ks, [str(k) for k in ks])
-        axes.set(xlabel="k", ylabel="Pass@k (%)")
-    else:
-        k = max(k for k in ks if k <= 64)
-        for model in models:
-            rows = [some[model] for some in summaries.values()]
-            points = [(row["Pass@1"]["mean"], row[f"Pass@{k}"]["mean"]) for row in rows]
-            axes.plot(*zip(*points), marker="o", label=model)
-            for temperature, point in zip(summaries, points):
-                axes.annotate(f"T {temperature}", point, textcoords="offset points", xytext=(4, 4))
-        axes.set(xlabel="Pass@1 (%)", ylabel=f"Pass@{k} (%)")
-    axes.set_title(title)
-    axes.legend()
-    figure.savefig(file, dpi=150, bbox_inches="tight")
-    plt.close(figure)
+    side = math.isqrt(panels)
+    drawn, axes = plt.subplots(side, side, figsize=(6, 4.5) if side == 1 else (10, 7),
+                               layout="constrained")
+    yield axes
+    drawn.savefig(file, dpi=150)
+    plt.close(drawn)
 
+
+# ---------------------------------------------------------------------------------------- the flags
 
 def parse(argv):
     parser = Parser(description=__doc__.split("\n")[0], usage="python eval.py MODEL ... [flags]")
     parser.add_argument("models", nargs="+", help="a run folder of train.py, a model folder, or a "
                         "hub name; gains are over the first")
     flag = parser.add_argument_group("what is measured").add_argument
-    flag("--n", "--samples", type=int, default=128, help="answers a problem; torchrun takes an --n "
-         "for its own, and passes --samples on")
+    flag("--n", "--samples", type=int, default=128, help="answers per problem; torchrun takes an "
+         "--n for its own, and passes --samples on")
     flag("--problems", type=int, default=512, help="held-out problems (math: at most what --data "
          "has)")
     flag("--temperature", "--temperatures", type=float, nargs="+", default=[0.7],
@@ -234,29 +333,36 @@ def parse(argv):
     flag = parser.add_argument_group("the machine").add_argument
     flag("--rows", type=int, default=1024, help="answers in flight at once: lower it when memory "
          "runs out")
-    flag("--device", help="default: cuda, else cpu")
+    flag("--device", help="without it, cuda where there is one")
     flag = parser.add_argument_group("what is written").add_argument
     flag("--json", default="eval.json", help="the numbers")
+    flag("--show", metavar="N", help="the answers to N problems, with their shares; or to one "
+         "countdown problem of yours, such as 2,3,5,7=17, and nothing else")
     flag("--plot", help="a picture of the Pass@k curves, or of the frontier where there are "
          "several temperatures (needs matplotlib)")
+    flag("--curves", help="a picture of the runs' training, and nothing else (needs matplotlib)")
     args = parser.parse_args(argv)
     if min(args.n, args.problems, args.rows) < 1:
-        raise ValueError("--n, --problems and --rows must be at least 1.")
+        raise UserError("--n, --problems and --rows must be at least 1.")
     if not all(0 < temperature < math.inf for temperature in args.temperatures):
-        raise ValueError("--temperature must be above 0.")
+        raise UserError("--temperature must be above 0.")
+    if args.show and not re.fullmatch(r"[1-9]\d*|\d+(,\d+)+=-?\d+", args.show):
+        raise UserError(f"--show takes a number of problems or one such as 2,3,5,7=17, not "
+                        f"'{args.show}'.")
     # What can be told now is not told after an hour.
-    for file in (Path(args.json), Path(args.plot or "plot.png")):
-        if file.is_dir() or not file.parent.is_dir():
-            raise ValueError(f"'{file}' cannot be written: it must be a file in a folder that "
-                             "exists.")
-    if args.plot and importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("--plot needs matplotlib, which is not among the requirements: "
-                         "pip install matplotlib.")
-    if args.plot:
-        from matplotlib.backend_bases import FigureCanvasBase
-        ending = Path(args.plot).suffix[1:] or "png"
-        if ending not in FigureCanvasBase.filetypes:
-            raise ValueError(f"--plot: '{ending}' is no picture format; png, pdf and svg are some.")
+    for flag, file in (("json", args.json), ("plot", args.plot), ("curves", args.curves)):
+        path = Path(file or "nothing")
+        if path.is_dir() or not path.parent.is_dir():
+            raise UserError(f"--{flag}: '{file}' cannot be written: it must be a file in a folder "
+                            "that exists.")
+        if file and flag != "json":
+            if importlib.util.find_spec("matplotlib") is None:
+                raise UserError(f"--{flag} needs matplotlib, which is not among the requirements: "
+                                "pip install matplotlib.")
+            from matplotlib.backend_bases import FigureCanvasBase
+            if (path.suffix[1:] or "png") not in FigureCanvasBase.filetypes:
+                raise UserError(f"--{flag}: '{path.suffix[1:]}' is no picture format; png, pdf and "
+                                "svg are some.")
     return args
 
 
@@ -274,58 +380,81 @@ def task_of_runs(args):
             if key not in (*SETTING, "data") or given[key] is not None or value is None:
                 continue
             if getattr(args, key) not in (None, value):
-                raise ValueError(f"'{name}' was trained with {key} {value}, a run before it "
-                                 f"with {getattr(args, key)}: say by --{key.replace('_', '-')} on "
-                                 "which to measure.")
+                raise UserError(f"'{name}' was trained with {key} {value}, a run before it with "
+                                f"{getattr(args, key)}: say by --{key.replace('_', '-')} on which "
+                                "to measure.")
             setattr(args, key, value)
         folders[name] = Path(name) / "model"
         if not folders[name].is_dir():
-            raise ValueError(f"'{name}' has no finished model yet: go on with it by "
-                             "train.py --resume.")
+            raise UserError(f"'{name}' has no finished model yet: go on with it by train.py "
+                            "--resume.")
     args.task = args.task or "countdown"
     return folders, runs
 
 
 def run(argv=None):
     args = parse(argv)
+    if args.curves:
+        plot_curves(args.models, args.curves)
+        print(f"written: {args.curves}")
+        return
     device, dtype = start_processes(args.device)       # as many as torchrun started
-    results = {temperature: {} for temperature in args.temperatures}
-    measured = results[args.temperatures[0]]           # by their labels, the models so far
     folders, runs = task_of_runs(args)
+    task, problems = task_for_all(args, folders, runs)
+    results = {temperature: {} for temperature in args.temperatures}
     for name, folder in folders.items():
         policy, tokenizer = policy_module.load(folder, device, dtype, args.stop)
-        fill_task_flags(args, tokenizer)
-        task = make_task(args, held_out=1.0 if args.task == "math" else 0.1)
-        notes = leave_out_too_long(task, tokenizer, policy, args.max_new_tokens)
-        notes += leave_out_trained(task, runs) if args.task == "math" else []
-        if notes and not measured and rank() == 0:
-            print(*notes, sep="\n")
-        problems = task.held_out_problems(args.problems)
-        if not problems:
-            raise ValueError(f"'{args.data}' holds no problem to evaluate on.")
-        if measured and problems != asked:
-            raise ValueError(f"'{name}' has another context than the model before it, so other "
-                             "problems fit into it: measure it alone.")
-        asked = problems
-        label = name if Path(name).name in measured else Path(name).name
+        label = name if Path(name).name in results[args.temperatures[0]] else Path(name).name
         for temperature, records in results.items():
             generator = torch.Generator(device).manual_seed(args.seed)
             records[label] = evaluate(policy, tokenizer, task, problems, args.n,
                                       args.max_new_tokens, temperature, generator, args.rows)
+        del policy                                     # its memory is for the next one
     if rank() > 0:
         return
-    summaries = {temperature: summary(records) for temperature, records in results.items()}
-    for temperature, some in summaries.items():
+    for temperature, records in results.items():
         print(f"{len(problems)} held-out problems, {args.n} samples each, temperature "
               f"{temperature:g}, seed {args.seed}")
-        print(table(some))
-    if sys.stdout.isatty():
-        print(chart(summaries[args.temperatures[0]]))
+        shown = range(1) if "=" in (args.show or "") else worth_showing(task, problems,
+                                                                        int(args.show or 0))
+        if "=" not in (args.show or ""):
+            print_table(summary(records))
+        for i in shown:
+            print(answers_of(task, problems[i], {model: records[model][i] for model in records}))
+    summaries = {temperature: summary(records) for temperature, records in results.items()}
     write_json(args.json, {"flags": vars(args), "summary": summaries, "records": results})
     print(f"written: {args.json}")
     if args.plot:
         at = f", T {args.temperatures[0]:g}" if len(args.temperatures) == 1 else ""
         plot(summaries, args.plot, f"{args.task}, {len(problems)} problems, {args.n} samples{at}")
+
+
+def task_for_all(args, folders, runs):
+    """The task and the problems on which all of these models are measured."""
+    tokenizers = {name: policy_module.load_tokenizer(folder) for name, folder in folders.items()}
+    # The same whichever is named first: if one has a chat template, all are asked as it is.
+    chats = [name for name in folders if tokenizers[name].chat_template]
+    chosen = args.prompt
+    fill_task_flags(args, tokenizers[(chats or list(folders))[0]])
+    notes = []
+    if chosen is None and 0 < len(chats) < len(folders):
+        notes.append(f"all are asked in style {args.prompt}, as '{chats[0]}' has a chat template; "
+                     "those without one would be asked in style bare: --prompt chooses.")
+    if "=" in (args.show or ""):
+        numbers, target = args.show.split("=")
+        problem = Problem(tuple(map(int, numbers.split(","))), int(target))
+        return make_task(args), [problem]
+    task = make_task(args, held_out=1.0 if args.task == "math" else 0.1)
+    for name, folder in folders.items():
+        model = SimpleNamespace(config=policy_module.load_config(folder))
+        notes += leave_out_too_long(task, tokenizers[name], model, args.max_new_tokens)
+    notes += leave_out_trained(task, runs) if args.task == "math" else []
+    if notes and rank() == 0:
+        print(*dict.fromkeys(notes), sep="\n")
+    problems = task.held_out_problems(args.problems)
+    if not problems:
+        raise UserError(f"'{args.data}' holds no problem to evaluate on.")
+    return task, problems
 
 
 def main(argv=None):
@@ -344,18 +473,12 @@ def main(argv=None):
 
 # ----------------------------------------------------------------------- what both programs share
 
-class Help(argparse.HelpFormatter):
-    """Behind each flag's help stands its default, where it has one."""
-
-    def __init__(self, prog):
-        super().__init__(prog, max_help_position=28, width=100)
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """The standard help, without the defaults that say nothing: None and False."""
 
     def _get_help_string(self, action):
-        without = action.default is None or action.default is False or action.nargs == 0
-        return action.help if without else f"{action.help} (default: %(default)s)"
-
-    def _get_default_metavar_for_optional(self, action):
-        return {int: "N", float: "X"}.get(action.type, "NAME")
+        plain = action.default is None or action.default is False
+        return action.help if plain else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
@@ -365,16 +488,13 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=Help, allow_abbrev=False, **options)
 
     def error(self, message):
-        raise ValueError(f"{message}.")
+        raise UserError(f"{message}.")
 
     def parse_known_args(self, args=None, namespace=None):
-        known = {flag.replace("_", "-"): flag for flag in self._option_string_actions}
-        spelled = []
-        for word in sys.argv[1:] if args is None else args:
-            flag, equals, value = word.partition("=")
-            spelled.append(known.get(flag.replace("_", "-"), flag) + equals + value
-                           if flag.startswith("--") else word)
-        return super().parse_known_args(spelled, namespace)
+        words = sys.argv[1:] if args is None else args
+        return super().parse_known_args([
+            re.sub("^--[^=]+", lambda flag: flag[0].replace("_", "-"), word) for word in words],
+            namespace)
 
 
 def any_character():
@@ -397,13 +517,65 @@ def start_processes(device):
     local = int(os.environ.get("LOCAL_RANK", 0))
     if "LOCAL_RANK" in os.environ and device in (None, "cuda") and torch.cuda.is_available():
         if local >= torch.cuda.device_count():         # NCCL refuses two on one
-            raise ValueError(f"more processes than the {torch.cuda.device_count()} GPUs here: "
-                             "torchrun may start one a GPU, or all with --device cpu.")
+            raise UserError(f"more processes than the {torch.cuda.device_count()} GPUs here: "
+                            "torchrun may start one per GPU, or all with --device cpu.")
         torch.cuda.set_device(local)
-    device, dtype = pick_device(device)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError):
+        raise UserError(f"--device {device} is not available on this machine.")
     if "RANK" in os.environ:
-        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
-    return device, dtype
+        # One process may wait for hours while another saves or evaluates; torch's own limit is
+        # half an hour. One that has died is noticed at once, by its broken connection.
+        torch.distributed.init_process_group(
+            "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=PATIENCE)
+    return device, torch.bfloat16 if device.startswith("cuda") else torch.float32
+
+
+PATIENCE = datetime.timedelta(days=7)
+
+
+def in_first(action):
+    """action() in the first process alone -> its result, in all. If it raises, none goes on."""
+    # The others do not even look at the run's folder: it may lie on the first's machine alone.
+    if world() == 1:
+        return action()
+    answer, error = [None, False], None
+    if rank() == 0:
+        try:
+            answer[0] = action()
+        except Exception as raised:
+            answer[1], error = True, raised
+    torch.distributed.broadcast_object_list(answer)
+    if answer[1]:
+        # Its own error in the first; the others end with it instead of waiting for it.
+        raise error or UserError("the first process ended the run and says why.")
+    return answer[0]
+
+
+def problems_at_once(problems, n, rows):
+    """How many problems are asked in one batch: no more answers than `rows`, and work for all."""
+    return max(1, min(rows // n, -(-problems // world())))
+
+
+def share_out(batches, measure, pass_over):
+    """Under torchrun the batches are dealt out to the processes -> the records of all, in order.
+
+    pass_over(batch) makes the draws of a batch that another process measures, so that an answer
+    does not depend on who draws it."""
+    found = {}                                         # number of a batch -> its records
+    for number, batch in enumerate(tqdm(batches, desc="evaluate", leave=False,
+                                        disable=rank() > 0 or not sys.stderr.isatty())):
+        if number % world() == rank():
+            found[number] = measure(batch)
+        else:
+            pass_over(batch)
+    if world() > 1:
+        parts = [None] * world()
+        torch.distributed.all_gather_object(parts, found)
+        found = {number: some for part in parts for number, some in part.items()}
+    return [one for number in sorted(found) for one in found[number]]
 
 
 def leave(code):
@@ -414,16 +586,6 @@ def leave(code):
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
-
-
-def pick_device(name):
-    """cuda, else cpu, unless `name` says which -> (device, dtype of the activations)."""
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.zeros(1, device=name).item()
-    except (RuntimeError, AssertionError):
-        raise ValueError(f"--device {name} is not available on this machine.")
-    return name, torch.bfloat16 if name.startswith("cuda") else torch.float32
 
 
 def write_json(path, value):
@@ -439,27 +601,31 @@ def write_json(path, value):
 
 
 def read_flags(file):
-    """The flags.json of a run or of runs/base; ValueError where it is missing, damaged or without
-    a task."""
+    """The flags.json of a run or of a base; UserError where it is missing, damaged or without a
+    task."""
     def reader():
-        lacking = {"verifier": None, "data": None, "eval_data": None}   # older runs, and the base
+        lacking = {"verifier": None, "data": None, "eval_data": None}   # a base has none
         flags = lacking | json.loads(file.read_text())
         return flags | {key: flags[key] for key in SETTING}
-    return policy_module.read(file, reader)
+    return policy_module.readable(file, reader)
 
 
-def leave_out_too_long(task, tokenizer, policy, max_new_tokens):
+def leave_out_too_long(task, tokenizer, model, max_new_tokens):
     """Drop the problems of a file whose prompt leaves no room for an answer: one of them must not
     end a night's work -> what there is to say about the file, a list of sentences."""
     if task.problems is None:                          # made up, not read: none is too long
         return []
-    room = policy.config.max_position_embeddings - max_new_tokens
+    room = model.config.max_position_embeddings - max_new_tokens
 
-    def tokens_of(problem):
-        prompt = chat(tokenizer, task.system, task.prompt(problem), task.style)
-        return encode(tokenizer, [prompt], "cpu")[0].shape[1]
+    def too_long(problems):
+        prompts = [chat(tokenizer, task.system, task.prompt(x), task.style) for x in problems]
+        # A token is a byte at least, apart from those that begin a text: few have to be counted.
+        doubtful = [i for i, prompt in enumerate(prompts) if len(prompt.encode()) > room - 8]
+        tokens = [encode(tokenizer, [prompts[i]], "cpu")[0].shape[1] for i in doubtful]
+        long = {i for i, count in zip(doubtful, tokens) if count > room}
+        return [i in long for i in range(len(problems))]
 
-    left_out = task.problems.leave_out(tokens_of, room)
+    left_out = task.problems.leave_out(too_long)
     return task.notes + [f"{task.problems.path}: {left_out} problems are left out: prompts over "
                          f"{room} tokens."] * (left_out > 0)
 
@@ -470,13 +636,13 @@ def split(flags):
     if not flags.eval_data:
         return [make_task(flags)] * 2
     task = make_task(flags, held_out=0.0)
-    exam = make_task(argparse.Namespace(**vars(flags) | {"data": flags.eval_data}), held_out=1.0)
-    asked, before = {x.question for x in exam.problems.held_out}, len(task.problems.train)
+    test = make_task(argparse.Namespace(**vars(flags) | {"data": flags.eval_data}), held_out=1.0)
+    asked, before = {x.question for x in test.problems.held_out}, len(task.problems.train)
     task.problems.train = [x for x in task.problems.train if x.question not in asked]
     if left_out := before - len(task.problems.train):
         task.notes.append(f"{flags.data}: {left_out} problems are not trained on, as they are "
                           f"held-out problems of {flags.eval_data}, too.")
-    return task, exam
+    return task, test
 
 
 def leave_out_trained(task, runs):
@@ -488,7 +654,7 @@ def leave_out_trained(task, runs):
             continue
         try:
             trained = {x.question for x in split(argparse.Namespace(**flags))[0].problems.train}
-        except ValueError as error:                    # its file is gone, say
+        except rewards.UserError as error:             # its file is gone, say
             notes.append(f"what {name} was trained on is not known ({error}): it may be asked.")
             continue
         before = len(task.problems.held_out)
@@ -500,30 +666,38 @@ def leave_out_trained(task, runs):
 
 
 def fingerprint(path):
-    """What tells a data file, or the weights of a model folder, from others: a hash of the file; of
-    names, sizes and the first megabyte of each. A name that is no path here stands for itself."""
+    """What tells a data file or a model folder from others: a hash of all bytes that a number may
+    depend on (weights, configs, tokenizer, template). A name that is no path stands for itself."""
     path = Path(path)
-    total, size = hashlib.sha256(), 1 << 20 if path.is_dir() else -1
-    for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
-        if not file.is_file():
-            return str(path)
+    kinds = (".safetensors", ".json", ".jinja", ".model", ".txt")
+    files = [path] if not path.is_dir() else sorted(x for x in path.iterdir() if x.suffix in kinds)
+    if not path.exists():
+        return str(path)
+    total = hashlib.sha256()
+    for file in files:
+        total.update(f"{file.name} {file.stat().st_size} ".encode())
         with open(file, "rb") as opened:
-            total.update(f"{file.name} {file.stat().st_size} ".encode() + opened.read(size))
+            while piece := opened.read(1 << 22):
+                total.update(piece)
     return total.hexdigest()
 
 
 def explain(error):
     """One sentence for what a user can mend. Anything else is a bug: it keeps its traceback."""
     text = " ".join(str(error).split())
+    if isinstance(error, (UserError, rewards.UserError, losses.UserError)):
+        return text
     if (isinstance(error, (torch.OutOfMemoryError, MemoryError))
             or "tried to allocate" in text or "out of memory" in text):
         return ("out of memory: lower --rows if this was sampling or evaluation, --micro-batch if "
                 "it was an update.")
-    if "No space left on device" in text:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return (f"the disk is full ({text}); what was saved before is whole: make room, then go on "
                 "with train.py --resume.")
-    if isinstance(error, (ValueError, OSError, SafetensorError)):
+    if isinstance(error, OSError) and error.filename:  # a folder that cannot be written, say
         return text
+    if world() > 1 and "imed out" in text:
+        return f"another process has not answered for {PATIENCE.days} days, so this one ends."
     if world() > 1 and (isinstance(error, torch.distributed.DistError) or "gloo" in text):
         return "another process has ended, so this one ends, too."
     raise error

@@ -12,27 +12,31 @@ So a loss sees the whole batch, and the update is the same however the batch is 
 (`--micro-batch`, the one memory knob) or over processes (torchrun).
 
 Without --model, the policy is a tiny one that first learns to answer at all, by cross-entropy on
-answers that are right by construction (`warm_start`). It is made once and kept in runs/base: the
+answers that are correct by construction (`warm_start`). It is made once and kept in runs/base: the
 base that all runs start from and are measured against.
 
 Letters: B rows = prompts x G, the rows of one prompt contiguous; T response length.
 """
+import argparse
+import ast
 import copy
 import csv
 import functools
-import hashlib
 import inspect
 import json
 import math
 import os
 import random
-import shlex
 import shutil
 import signal
+import statistics
 import sys
 import time
+import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
+import eval as evaluation                              # first: it sets how torch's threads wait
 import torch
 import torch.nn.functional as F
 from torch.distributed.checkpoint.state_dict import (
@@ -41,11 +45,10 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-import eval as evaluation
 import losses
 import policy as policy_module
-from eval import Parser, explain, rank, read_flags, start_processes, world, write_json
-from policy import score
+from eval import Parser, in_first, rank, read_flags, start_processes, world, write_json
+from policy import UserError, score
 from rewards import SETTING, add_task_flags, fill_task_flags, make_task
 from sample import Rollout, chat, encode, join, sample, take
 
@@ -55,135 +58,84 @@ except ImportError:
     resource = None
 
 
-def run(args, typed):
-    """One run, from its base to the table at the end -> exit code. typed: the command line."""
-    # What learns, and on what. All that a user can have got wrong is told here, before any step.
-    device, dtype = start_processes(args.device)       # as many as torchrun started
-    if args.prompts // args.updates % world():
-        raise ValueError(f"{world()} processes do not divide the {args.prompts // args.updates} "
-                         "prompts of an update.")
-    if rank() == 0:
-        print(f"{args.loss} on {args.task}, {device}, {torch.get_num_threads()} threads, "
-              f"torch {torch.__version__}", flush=True)
-    policy, tokenizer, base = start_policy(args, device, dtype)
-    policy.recompute = args.checkpoint_activations
-    task, exam = make_tasks(args, tokenizer, policy)   # to train on; (task, problems) to measure on
-    folder = Path(args.out) / args.name
-    # A run goes on only with the files that it began with: their fingerprints are kept.
-    files = {"--data": args.data, "--eval-data": args.eval_data, "the base": base}
-    args.files = {what: evaluation.fingerprint(path) for what, path in files.items() if path}
-    lock = in_first(lambda: open_run(folder, args))    # held until the process ends
-
-    # The loss with its hyperparameters bound; a frozen copy of the base only where a KL term asks.
-    own = {name: getattr(args, name) for name in hyperparameters(args.loss)}
-    loss_fn = functools.partial(variants()[args.loss], **own)
-    reference = copy.deepcopy(policy).requires_grad_(False) if own.get("beta") else None
-    # Sharded first: the optimiser's moments then are sharded as their weights are.
-    policy = shard(policy)
-    optimizer = make_optimizer(policy, args.lr)
-
-    # Two sources of chance, both saved with every checkpoint: rng draws problems, the same in all
-    # processes; generator draws answers, each process its own.
-    rng = random.Random(args.seed)
-    generator = torch.Generator(policy.device).manual_seed(args.seed + 7919 * rank())
-    done = restore(folder, policy, tokenizer, optimizer, rng, generator, args)
-    log, bad = open_log(folder / "log.csv", done), 0
-    again = command(typed, "--resume")
-    # Ctrl-C is noted, and the loop leaves after its step, where weights, moments, random states
-    # and log agree with each other.
-    stop = on_signal(f"stopped within a step; go on from the last checkpoint with: {again}",
-                     wait=True)
-    for step in tqdm(range(done + 1, args.steps + 1), initial=done, total=args.steps,
-                     disable=rank() > 0 or not sys.stderr.isatty()):
-        began = time.time()
-
+def run(args):
+    """One run, from its base to the table at the end -> exit code."""
+    # What learns, on what, by which loss. Every user error is reported in here, before step 1.
+    this = prepare(args)
+    for step in tqdm(range(this.done + 1, args.steps + 1), initial=this.done, total=args.steps,
+                     disable=this.quiet):
         # 1. Draw G answers to each of some problems, and judge them.
-        problems, rollout, rewards = collect(policy, tokenizer, task, args, rng, generator)
+        began = time.time()
+        problems, rollout, rewards = collect(this.policy, this.tokenizer, this.task, args,
+                                             this.rng, this.generator)
         sampled = time.time()
 
         # 2. One loss on the whole batch, one exact gradient. With --updates > 1, on slices of it:
         #    the first is on-policy, the others need the log-probabilities of the sampling weights.
-        lr = set_rate(optimizer, learning_rate(step, args))
-        ref_logp = score_all(reference, rollout, args) if reference else None
-        old_logp = score_all(policy, rollout, args) if args.updates > 1 else None
-        for rows in torch.arange(len(rewards), device=policy.device).chunk(args.updates):
+        lr = set_rate(this.optimizer, learning_rate(step, args))
+        ref_logp = score_all(this.reference, rollout, args) if this.reference else None
+        old_logp = score_all(this.policy, rollout, args) if args.updates > 1 else None
+        for rows in torch.arange(len(rewards), device=rewards.device).chunk(args.updates):
             # A slice of contiguous rows: whole groups, because --updates divides --prompts.
             stats = train_step(
-                policy, optimizer, take(rollout, rows), rewards[rows], loss_fn, args.group_size,
-                temperature=args.temperature, micro_batch=args.micro_batch,
+                this.policy, this.optimizer, take(rollout, rows), rewards[rows], this.loss_fn,
+                args.group_size, temperature=args.temperature, micro_batch=args.micro_batch,
                 grad_clip=args.grad_clip, old_logp=None if old_logp is None else old_logp[rows],
                 ref_logp=None if ref_logp is None else ref_logp[rows])
             if stats["bad"]:                           # a NaN or infinite gradient: nothing moved
-                tqdm.write(complain(step, stats, rollout, rows))
                 break
+        note_bad_steps(this, step, stats, rollout, rows)
 
-        # 3. Say what happened, and save.
-        #    Reward first, loss last: at one update a rollout the loss says next to nothing.
-        line = facts(step, task, problems, rollout, rewards, args.group_size)
+        # 3. Measure held-out problems every so often, write down what happened, and save.
+        line = progress(step, this.task, rollout, rewards, args.group_size)
         line |= {name: value for name, value in stats.items() if not name.startswith("bad")}
         line |= {"lr": lr} | costs(rollout, sampled - began, time.time() - sampled)
-        if rank() == 0:
-            write_line(log, line)
-            tqdm.write(show(line))
-            if step % args.show_every == 0 or step == done + 1:
-                tqdm.write(f"    {task.prompt(problems[0])!r} -> {rollout.texts[0]!r}  "
-                           f"reward {rewards[0]:.0f}")
-        # One bad batch is bad luck, and is skipped; several in a row will not mend themselves.
-        bad = bad + 1 if stats["bad"] else 0
-        if bad == BAD_STEPS:
-            newest = max((folder / "checkpoints").glob("*.safetensors"), default="none yet")
-            raise ValueError(f"{BAD_STEPS} steps in a row gave a NaN or infinite gradient; the "
-                             f"last good checkpoint is {newest}: go on from it with --resume "
-                             "and a smaller --lr.")
-        # All leave after the same step: one that went on alone would wait for the others for ever.
-        leave = gather(torch.tensor([float(len(stop))])).any()
-        if step % args.save_every == 0 or step == args.steps or leave:
-            save_checkpoint(folder / "checkpoints", policy, optimizer, step, rng, generator)
-        if leave:
-            tqdm.write(f"stopped after step {step}, all saved; go on with: {again}")
-            return 128 + max(stop, default=signal.SIGTERM)
-
-    # From here on nothing can be lost: Ctrl-C ends the process at once.
-    on_signal(f"stopped after the last step, all saved; make the table with: {again}")
-    save_model(policy, tokenizer, folder / "model")
-    del policy, reference, optimizer                   # their memory is for the table now
-    if args.eval_problems:
-        compare(base, folder, *exam, args, device, dtype)
-    return 0
+        line |= held_out(this, args, step)
+        report(this, args, line, this.task.prompt(problems[0]), rollout.texts[0], rewards[0])
+        stopped = asked_to_stop(this)                  # by Ctrl-C: the step is finished first
+        if step % args.save_every == 0 or step == args.steps or stopped:
+            save_checkpoint(this.folder / "checkpoints", this.policy, this.optimizer, step,
+                            this.rng, this.generator)
+        if stopped:
+            print(f"stopped after step {step}, all saved; {AGAIN}", flush=True)
+            return stopped
+    return finish(this, args)
 
 
 def collect(policy, tokenizer, task, args, rng, generator):
-    """Draw problems and answers, and judge them -> (problems, rollout, rewards (B,)), where the B
-    rows are this process's prompts x G.
+    """Draw problems and answers, and judge them -> (problems, rollout, rewards (B,)).
 
-    --dynamic-sampling N (DAPO): groups that are all right or all wrong are thrown away and drawn
-    again, at most N times; if that was not enough, the last draw fills the batch. It is decided on
-    accuracy, never on a shaped reward.
+    --dynamic-sampling N (DAPO): groups that are all correct or all wrong are thrown away and drawn
+    again, at most N times; if that was not enough, the last draw fills the batch. This is decided
+    on accuracy, never on a shaped reward.
     """
-    G, wanted = args.group_size, args.prompts // world()
-    # Every process draws the whole list of problems and answers its own part of it, so the batch
-    # holds the same problems however many processes share it.
-    own = slice(rank() * wanted, (rank() + 1) * wanted)
-    # One number from the run's state a step, however many attempts follow.
+    G, share = args.group_size, share_of(args.prompts)         # a slice; alone it is all of them
+    wanted = share.stop - share.start
+    # The caches of all answers in flight are what fills a GPU, so --rows bounds them: several
+    # prompts at once, or a large group in several pieces.
+    at_once, most = max(1, args.rows // G), min(args.rows, G)
+    pieces = [min(most, G - drawn) for drawn in range(0, G, most)]
+    # One number from the run's state per step, however many attempts follow.
     rng = random.Random(rng.getrandbits(64))
     problems, rollouts, rewards = [], [], []
     for attempt in range(args.dynamic_sampling + 1):
-        drawn = [task.problem(rng) for _ in range(args.prompts)][own]
+        # The whole list is drawn, and a part of it answered: a batch then holds the same problems
+        # however many processes share it.
+        drawn = [task.problem(rng) for _ in range(args.prompts)][share]
         prompts = [chat(tokenizer, task.system, task.prompt(x), task.style) for x in drawn]
-        # The caches of all answers in flight are what fills a GPU, so --rows bounds them.
-        at_once = max(1, args.rows // G)
-        rollout = join([sample(policy, tokenizer, prompts[i:i + at_once], G, args.max_new_tokens,
-                               args.temperature, generator)
-                        for i in range(0, wanted, at_once)], tokenizer.pad_token_id)
+        rollout = join([sample(policy, tokenizer, prompts[i:i + at_once], answers,
+                               args.max_new_tokens, args.temperature, generator)
+                        for i in range(0, wanted, at_once) for answers in pieces],
+                       tokenizer.pad_token_id)
         reward = torch.tensor([task.reward(drawn[row // G], text)
                                for row, text in enumerate(rollout.texts)])  # (prompts G,)
-        # Without contrast in a group there is nothing to learn from it in most of the losses.
+        # Most losses learn nothing from a group without contrast.
         accuracy = (reward == 1).view(wanted, G).float().mean(1)            # (prompts,)
         mixed = (accuracy > 0) & (accuracy < 1)
         chosen = torch.argsort(~mixed, stable=True)[:wanted - len(problems)]    # mixed groups first
         if attempt < args.dynamic_sampling:
             chosen = chosen[mixed[chosen]]
-        # From places of problems to places of their rows.
+        # From indices of problems to indices of their rows.
         rows = (chosen[:, None] * G + torch.arange(G)).flatten()
         problems += [drawn[i] for i in chosen.tolist()]
         rollouts.append(take(rollout, rows.to(policy.device)))
@@ -197,11 +149,12 @@ def train_step(policy, optimizer, rollout, rewards, loss_fn, group_size, *, temp
                micro_batch=None, grad_clip=1.0, old_logp=None, ref_logp=None):
     """One optimiser step on the whole of `rollout` -> stats, a flat dict of floats.
 
-    rollout: this process's B rows; rewards (B,); loss_fn: a function of losses.py with its
-    hyperparameters bound. old_logp, ref_logp (B, T): None takes the current policy as the one that
-    sampled, and no reference. micro_batch: rows in one chunk, None or 0 for all of them. A NaN or
-    infinite gradient leaves weights and optimiser as they were; then stats["bad"] is True and
-    stats["bad_rows"] a list of the rows that it came from.
+    rewards (B,); loss_fn: a function of losses.py with its hyperparameters bound. old_logp,
+    ref_logp (B, T): None takes the current policy as the one that sampled, and no reference.
+    micro_batch: rows in one chunk, None or 0 for all of them. stats are those of the loss, "loss",
+    "grad_norm" (before clipping) and "bad": True where the loss, the gradient or its norm is NaN or
+    infinite; then weights and optimiser stay as they were, and stats["bad_rows"] lists the rows
+    that it came from. Otherwise "bad" is False.
     """
     # The loss needs the log-probabilities of all rows, but what autograd keeps of all rows at once
     # may not fit. So chunks are scored twice: for their values now, with gradient further down.
@@ -210,80 +163,111 @@ def train_step(policy, optimizer, rollout, rewards, loss_fn, group_size, *, temp
     with torch.set_grad_enabled(one_chunk):
         scored = [score(policy, rollout, chunk, group_size, temperature) for chunk in chunks]
 
-    # The loss of the whole batch, and its gradient with respect to (B, T) logp and entropy. Under
-    # torchrun every process gathers the rows of all, and computes the same.
-    logp, entropy = (gather(torch.cat(parts).detach()).requires_grad_() for parts in zip(*scored))
-    old_logp = logp if old_logp is None else gather(old_logp)
-    ref_logp = None if ref_logp is None else gather(ref_logp)
-    mask = gather(rollout.mask)
-    loss, stats = loss_fn(logp, old_logp, mask, gather(rewards), group_size, entropy=entropy,
-                          ref_logp=ref_logp)
+    # The loss of the whole batch, and its gradient with respect to (B, T) logp and entropy. Where
+    # several processes share a batch, `whole_batch` has the rows of all of them.
+    logp, entropy = (whole_batch(torch.cat(parts).detach()).requires_grad_()
+                     for parts in zip(*scored))
+    old_logp = logp if old_logp is None else whole_batch(old_logp)
+    ref_logp = None if ref_logp is None else whole_batch(ref_logp)
+    loss, stats = loss_fn(logp, old_logp, whole_batch(rollout.mask), whole_batch(rewards),
+                          group_size, entropy=entropy, ref_logp=ref_logp)
     # Many losses use no entropy: it then has no gradient (None).
     gradients = torch.autograd.grad(loss, [logp, entropy], allow_unused=True)
-
-    # Push this process's rows of it through the model. Sharded gradients are averaged over the
-    # processes, ours have to be summed.
-    own = slice(rank() * len(rewards), (rank() + 1) * len(rewards))
     gradients = [torch.zeros_like(logp) if g is None else g for g in gradients]
-    gradients = [g[own, :rollout.mask.shape[1]] * world() for g in gradients]
+
+    # Push the rows of this rollout through the model.
+    gradients = [own_rows(g, rollout) for g in gradients]                   # (B, T) each
     optimizer.zero_grad()
     for i, chunk in enumerate(chunks):
         outputs = scored[i] if one_chunk else score(policy, rollout, chunk, group_size, temperature)
-        # What has no gradient is left out, for it would cost as much; but every chunk goes backward
-        # at least once, because sharded processes wait for each other there.
+        # What has no gradient is left out, since it would cost as much; but every chunk goes
+        # backward at least once, because processes that share a model wait for each other there.
         used = [(out, g[chunk]) for out, g in zip(outputs, gradients) if g.any()]
         torch.autograd.backward(*zip(*(used or [(outputs[0], gradients[0][chunk])])))
 
     # A bad gradient is noticed before it reaches a weight or a moment of AdamW.
-    norm = full(torch.nn.utils.clip_grad_norm_(policy.parameters(), grad_clip)).item()
+    norm = clip_gradient(policy, grad_clip)
     stats = stats | {"loss": loss.item(), "grad_norm": norm}
     stats["bad"] = not (math.isfinite(norm) and math.isfinite(stats["loss"]))
     if stats["bad"]:
-        finite = torch.stack([x.detach().isfinite().all(1) for x in (logp[own], *gradients)])
+        finite = torch.stack([x.isfinite().all(1) for x in (own_rows(logp.detach(), rollout),
+                                                            *gradients)])
         stats["bad_rows"] = (~finite.all(0)).nonzero()[:, 0].tolist()
     else:
         optimizer.step()
     return stats
 
 
-def warm_start(policy, tokenizer, task, steps, prompts=128, lr=1e-2, seed=0, say=print):
-    """Learn to answer at all, in place: cross-entropy on answers that are right by construction.
-
-    A step has `prompts` problems with two answers each, so that a prompt is read once for two. A
-    problem comes with one answer, and shares those of earlier ones with its numbers and target.
-    """
-    rng, began, G = random.Random(seed), time.time(), 2
-    known = {}                                         # numbers and target -> answers, as they come
-    optimizer = Muon(policy, lr)
-    rewards = torch.ones(prompts * G, device=policy.device)
-    for step in tqdm(range(1, steps + 1), desc="warm start", disable=not sys.stderr.isatty()):
-        fresh = []                                     # as many as there are rows, for variety
-        for _ in range(prompts * G):
-            problem, answer = task.example(rng)
-            alike = known.setdefault((*sorted(problem.numbers), problem.target), [])
-            alike.append(answer)
-            fresh.append((task.prompt(problem), alike))
-        # Early on a problem has one known answer, given twice; later they differ.
-        texts, answers = [], []
-        for text, alike in fresh[:prompts]:
-            texts += [text] * G
-            answers += rng.choices(alike, k=G)
-        rollout = demonstrations(tokenizer, texts, answers, policy.stop_ids[0], policy.device)
-        set_rate(optimizer, lr * min(1, step / 20) * (1 - (step - 1) / steps))
-        stats = train_step(policy, optimizer, rollout, rewards, losses.sft, G)
-        if step == 1 or step % 25 == 0 or step == steps:
-            say(f"warm start {step:4d}/{steps}  cross-entropy {stats['loss']:.3f} nats/token  "
-                f"{time.time() - began:.0f} s")
-
-
 # ------------------------------------------- a first reading ends here; below: what serves the loop
 
 BAD_STEPS = 3                 # this many steps in a row with a NaN or infinite gradient end the run
+TRACKED, TRACKED_ANSWERS = 128, 16     # held-out problems that --eval-every measures, answers each
+AGAIN = "the same command with --resume goes on from there."
 # What --resume lets one change: the run's length, what cures a NaN or a lack of memory, and what is
-# shown or saved.
+# shown, measured or saved.
 FREE = ("steps", "lr", "micro_batch", "rows", "save_every", "show_every", "eval_problems",
         "eval_samples", "eval_temperature", "out", "resume", "checkpoint_activations", "files")
 
+
+def prepare(args):
+    """All that a run needs, as one namespace. What a user can have got wrong is reported here."""
+    device, dtype = start_processes(args.device)       # as many as torchrun started
+    this = SimpleNamespace(folder=Path(args.out) / args.name, device=device, dtype=dtype, done=0,
+                           bad_steps=0, seconds=[], slow=False, quiet=rank() > 0 or None)
+    if args.prompts // args.updates % world():
+        raise UserError(f"{world()} processes do not divide the {args.prompts // args.updates} "
+                        "prompts of an update.")
+    say(f"{args.loss} on {args.task}, {device}, torch {torch.__version__}, "
+        f"{torch.get_num_threads()} threads (several runs at once: OMP_NUM_THREADS=1 for each)")
+    policy, this.tokenizer, this.base = start_policy(args, device, dtype)
+    policy.recompute = args.checkpoint_activations
+    make_tasks(this, policy, args)
+    in_first(lambda: open_run(this, args))
+
+    # A frozen copy of the base only where the loss has a KL term.
+    options = {name: getattr(args, name) for name in hyperparameters(args.loss)}
+    this.loss_fn = functools.partial(variants()[args.loss], **options)
+    this.reference = copy.deepcopy(policy).requires_grad_(False) if options.get("beta") else None
+    # Sharded first: the optimiser's moments are then sharded as their weights are.
+    this.policy = shard(policy)
+    this.optimizer = make_optimizer(policy, args.lr)
+    # Two sources of chance, both saved with every checkpoint: rng draws problems, the same in all
+    # processes; generator draws answers, each process its own.
+    this.rng = random.Random(args.seed)
+    this.generator = torch.Generator(policy.device).manual_seed(args.seed + 7919 * rank())
+    in_first(lambda: try_to_save(this, args))
+    if args.resume:
+        this.done = load_checkpoint(this.folder / "checkpoints", policy, this.optimizer, this.rng,
+                                    this.generator)
+    if rank() == 0:
+        # Only now, when nothing can be refused any more: a run that never began leaves no flags.
+        write_json(this.folder / "flags.json", vars(args))
+        this.log = open_log(this.folder / "log.csv", this.done)
+    if this.done >= args.steps:
+        say(f"all {this.done} steps are done already" + ", only the table is made." *
+            (args.eval_problems > 0))
+    this.signals = on_signal(f"stopped within a step; {AGAIN}", wait=True)
+    return this
+
+
+def say(text):
+    if rank() == 0:
+        tqdm.write(text)
+
+
+def finish(this, args):
+    """Save the model, and make the table -> exit code."""
+    # From here on nothing can be lost: Ctrl-C ends the process at once.
+    on_signal("stopped after the last step, all saved; the same command with --resume makes the "
+              "table.")
+    save_model(this.policy, this.tokenizer, this.folder / "model")
+    this.policy = this.reference = this.optimizer = None       # their memory is for the table now
+    if args.eval_problems:
+        compare(this, args)
+    return 0
+
+
+# ----------------------------------------------------------------------- the rate, the optimisers
 
 def learning_rate(step, args):
     """Step 1, 2, ... -> its rate. It rises to --lr in --warmup steps, and then falls in a straight
@@ -364,6 +348,39 @@ def score_all(policy, rollout, args):
                           for chunk in rows.split(args.micro_batch or len(rows))])
 
 
+# ---------------------------------------------------------------------------------- the warm start
+
+def warm_start(policy, tokenizer, task, steps, prompts=128, lr=1e-2, seed=0, say=print,
+               make_optimizer=Muon):
+    """Learn to answer at all, in place: cross-entropy on answers that are correct by construction.
+
+    A step has `prompts` problems with two answers each, so that a prompt is read once for two. A
+    problem comes with one answer, and shares those of earlier ones with its numbers and target.
+    """
+    rng, began, G = random.Random(seed), time.time(), 2
+    known = {}                                         # numbers and target -> answers, as they come
+    optimizer = make_optimizer(policy, lr)
+    rewards = torch.ones(prompts * G, device=policy.device)
+    for step in tqdm(range(1, steps + 1), desc="warm start", disable=not sys.stderr.isatty()):
+        fresh = []                                     # as many as there are rows, for variety
+        for _ in range(prompts * G):
+            problem, answer = task.example(rng)
+            alike = known.setdefault((*sorted(problem.numbers), problem.target), [])
+            alike.append(answer)
+            fresh.append((chat(tokenizer, task.system, task.prompt(problem), task.style), alike))
+        # Early on a problem has one known answer, given twice; later they differ.
+        texts, answers = [], []
+        for text, alike in fresh[:prompts]:
+            texts += [text] * G
+            answers += rng.choices(alike, k=G)
+        rollout = demonstrations(tokenizer, texts, answers, policy.stop_ids[0], policy.device)
+        set_rate(optimizer, lr * min(1, step / 20) * (1 - (step - 1) / steps))
+        stats = train_step(policy, optimizer, rollout, rewards, losses.sft, G)
+        if step == 1 or step % 25 == 0 or step == steps:
+            say(f"warm start {step:4d}/{steps}  cross-entropy {stats['loss']:.3f} nats/token  "
+                f"{time.time() - began:.0f} s")
+
+
 def demonstrations(tokenizer, prompts, answers, stop_id, device):
     """(prompt, answer) strings as a Rollout, so that cross-entropy is the same step as all else."""
     # What was not sampled has no log-probability, and sft asks for none.
@@ -378,34 +395,37 @@ def demonstrations(tokenizer, prompts, answers, stop_id, device):
                    finished=torch.ones(len(ids), dtype=torch.bool, device=device))
 
 
-# ------------------------------------------------------------------------------- what is said of it
+# ------------------------------------------------------------- what is measured, shown and written
 
-# On the screen, the informative columns first; log.csv has all of them.
-SHOWN = {"step": "5d", "reward": ".3f", "solved": ".2f", "distinct": ".2f", "equal": ".2f",
-         "parsed": ".2f", "length": ".1f", "cut": ".2f", "entropy": ".3f", "grad_norm": ".2f",
-         "loss": "+.4f", "tokens_s": ".0f"}
+# The screen's columns, at most 100 characters in all; log.csv has more.
+SHOWN = {"step": "8d", "reward": "8.3f", "solved": "8.2f", "distinct": "8.2f", "equal": "8.2f",
+         "parsed": "8.2f", "length": "8.1f", "cut": "8.2f", "entropy": "8.3f", "loss": "8.3f",
+         "grad_norm": "9.2f"}
 
 
-def facts(step, task, problems, rollout, rewards, group_size):
+def progress(step, task, rollout, rewards, group_size):
     """The columns that say how the policy is doing; the rows of all processes count."""
     def share(x):
-        return gather(x.float()).mean().item()
+        return whole_batch(x.float()).mean().item()
 
     device = rewards.device
-    # Two answers are one where they differ by order or brackets only: 1+2 and (2+1).
     forms = [task.canonical(text) for text in rollout.texts]                # None where none parses
-    right = [form if reward == 1 else None for form, reward in zip(forms, rewards.tolist())]
-    distinct = [len({*right[i:i + group_size]} - {None}) for i in range(0, len(right), group_size)]
     groups = rewards.view(-1, group_size)
-    return {"step": step, "reward": share(rewards), "solved": share((groups == 1).any(1)),
-            "distinct": share(torch.tensor(distinct, device=device)),
-            "equal": share((groups == groups[:, :1]).all(1)),
-            "parsed": share(torch.tensor([form is not None for form in forms], device=device)),
-            "length": share(rollout.mask.sum(1)), "cut": share(~rollout.finished)}
+    line = {"step": step, "reward": share(rewards), "solved": share((groups == 1).any(1))}
+    if task.several_answers:
+        # Two answers are one where they differ by order or brackets only: 1+2 and (2+1).
+        correct = [form if reward == 1 else None for form, reward in zip(forms, rewards.tolist())]
+        distinct = [len({*correct[i:i + group_size]} - {None})
+                    for i in range(0, len(correct), group_size)]
+        line["distinct"] = share(torch.tensor(distinct, device=device))
+    return line | {"equal": share((groups == groups[:, :1]).all(1)),
+                   "parsed": share(torch.tensor([form is not None for form in forms],
+                                                device=device)),
+                   "length": share(rollout.mask.sum(1)), "cut": share(~rollout.finished)}
 
 
 def costs(rollout, sampling, updating):
-    """Seconds, tokens a second, and the peak of memory so far in GiB (0 where no one tells)."""
+    """Seconds, tokens per second, and the peak of memory so far in GiB (0 where no one tells)."""
     peak = 0
     # On a GPU its own memory is what runs out, elsewhere the process's.
     if rollout.tokens.is_cuda:
@@ -417,14 +437,55 @@ def costs(rollout, sampling, updating):
             "tokens_s": int(rollout.mask.sum()) * world() / (sampling + updating)}
 
 
+def held_out(this, args, step):
+    """Every --eval-every steps the tracked problems are measured -> columns; else None in them."""
+    names = {"Pass@1": "held_out_1", f"Pass@{TRACKED_ANSWERS}": f"held_out_{TRACKED_ANSWERS}"}
+    if this.test_task.several_answers:
+        names["distinct"] = "held_out_distinct"
+    if not this.tracked_problems or step % args.eval_every:
+        return dict.fromkeys(names.values())
+    gather_weights(this.policy)
+    # A generator of its own: the run's weights do not depend on whether it is measured.
+    generator = torch.Generator(this.policy.device).manual_seed(0)
+    columns = evaluation.columns(evaluation.evaluate(
+        this.policy, this.tokenizer, this.test_task, this.tracked_problems, TRACKED_ANSWERS,
+        args.max_new_tokens, args.temperature, generator, args.rows))
+    say(f"step {step}, held-out problems: " + ", ".join(f"{name} {columns[name].mean():.1f}"
+                                                        for name in names))
+    return {short: float(columns[name].mean()) for name, short in names.items()}
+
+
+def report(this, args, line, prompt, answer, reward):
+    """A step's line into log.csv, and every --show-every steps onto the screen, every tenth time
+    with an answer in full and the names of the columns. What makes a run idle or slow is said."""
+    if rank() > 0:
+        return
+    write_line(this.log, line)
+    step, first = line["step"], line["step"] == this.done + 1
+    shown = {name: f"{line[name]:{form}}" for name, form in SHOWN.items() if name in line}
+    if first or step % (10 * args.show_every) == 0:
+        say(f"{prompt!r} -> {answer!r}  reward {reward:.0f}")
+        say(" ".join(name.rjust(len(text)) for name, text in shown.items()))
+    if first or step % args.show_every == 0 or step == args.steps:
+        say(" ".join(shown.values()))
+    if step == 1 and line["solved"] == 0:
+        say("no answer of the first batch is correct, and RL learns from correct answers: if it "
+            "stays so, teach the model first (--warm-steps) or take easier problems.")
+    # Per token, because answers may grow.
+    this.seconds.append(1 / line["tokens_s"])
+    usual, now = statistics.median(this.seconds[:10]), statistics.median(this.seconds[-5:])
+    if len(this.seconds) > 15 and now > 3 * usual and not this.slow:
+        this.slow = True
+        say(f"a token takes {now / usual:.0f} times as long as at first: if another run shares "
+            "these cores, start each of them with OMP_NUM_THREADS=1.")
+
+
 def open_log(path, done):
     """log.csv, cut back to the steps that the checkpoint knows -> a file open for appending."""
-    if rank() > 0:
-        return None
     lines = path.read_text().splitlines() if done and path.is_file() else []
     # Lines of steps after the checkpoint would otherwise stand twice, once they are made again.
     aside = path.with_suffix(".tmp")
-    aside.write_text("".join(line + "\n" for line in lines[:done + 1]))     # head, a line a step
+    aside.write_text("".join(line + "\n" for line in lines[:done + 1]))     # head, a line per step
     os.replace(aside, path)
     return open(path, "a", newline="")
 
@@ -440,60 +501,64 @@ def write_line(log, line):
     os.fsync(log.fileno())
 
 
-def show(line):
-    return "  ".join(f"{name} {line[name]:{form}}" for name, form in SHOWN.items() if name in line)
-
-
-def command(typed, *more):
-    """The command that was typed, and `more`, ready to be pasted: under torchrun on this machine,
-    and likewise on each of the others."""
-    typed = sys.argv[1:] if typed is None else list(typed)
-    start, env = [sys.executable], os.environ          # torchrun tells its processes all of this
-    if int(env.get("WORLD_SIZE", 1)) > 1:
-        start = ["torchrun", f"--nproc_per_node={env.get('LOCAL_WORLD_SIZE', env['WORLD_SIZE'])}"]
-    if int(env.get("GROUP_WORLD_SIZE", 1)) > 1:       # machines
-        start += [f"--nnodes={env['GROUP_WORLD_SIZE']}", f"--node_rank={env['GROUP_RANK']}",
-                  "--rdzv_backend=static", f"--master_addr={env['MASTER_ADDR']}",
-                  f"--master_port={env['MASTER_PORT']}"]
-    return shlex.join([*start, __file__, *typed, *(flag for flag in more if flag not in typed)])
+def note_bad_steps(this, step, stats, rollout, rows):
+    """Name the rows that made a gradient NaN or infinite. One bad batch is bad luck, and is
+    skipped; several in a row will not mend themselves, and end the run."""
+    this.bad_steps = this.bad_steps + 1 if stats["bad"] else 0
+    if stats["bad"]:
+        named = [f"row {int(rows[row])} {rollout.texts[rows[row]][:200]!r}"
+                 for row in stats["bad_rows"]]
+        say(f"step {step} is skipped, weights and optimiser stay as they were: loss "
+            f"{stats['loss']}, gradient norm {stats['grad_norm']}, caused by "
+            f"{', '.join(named[:3]) or 'no row alone'}" + " and others" * (len(named) > 3))
+    if this.bad_steps == BAD_STEPS:
+        newest = max((this.folder / "checkpoints").glob("*.pt"), default="none yet")
+        raise UserError(f"{BAD_STEPS} steps in a row gave a NaN or infinite gradient; the last "
+                        f"good checkpoint is {newest}: go on from it with --resume and a smaller "
+                        "--lr.")
 
 
 def on_signal(sentence, wait=False):
-    """From now on Ctrl-C and SIGTERM end the process with `sentence`. With `wait` they are only
-    noted in the list that is returned, and the loop leaves after its step; but the third does not
-    wait (under torchrun each comes twice: from the terminal, and passed on)."""
-    # A KeyboardInterrupt is no Exception: on its way to main nothing takes it for an error.
-    noted = []
+    """From now on Ctrl-C and SIGTERM end the process with `sentence`. With `wait` the first is
+    noted in the list that is returned, and the loop leaves after its step."""
+    noted = []                                         # (number of the signal, when)
 
     def handler(number, frame):
-        if not wait or len(noted) == 2:
+        # torchrun passes on what the terminal has sent to all: within a moment that is the same.
+        if not wait or noted and time.time() - noted[0][1] > 1:
+            # A KeyboardInterrupt is no Exception: on its way to main nothing takes it for an error.
             raise KeyboardInterrupt(number, sentence)
-        noted.append(number)
+        if not noted and rank() == 0:                  # at once, however long the step is
+            os.write(2, b"\nstopping after this step, which is then saved; again: at once\n")
+        noted.append((number, time.time()))
 
-    for sign in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(sign, handler)
+    signal.signal(signal.SIGINT, handler)
+    signal.signal(signal.SIGTERM, handler)
     return noted
 
 
-def complain(step, stats, rollout, rows):
-    """Which rows made the gradient NaN or infinite, with their text."""
-    named = [f"row {int(rows[row])} {rollout.texts[rows[row]][:200]!r}"
-             for row in stats["bad_rows"]]
-    return (f"step {step} is skipped, weights and optimiser stay as they were: loss "
-            f"{stats['loss']}, gradient norm {stats['grad_norm']}, caused by "
-            f"{', '.join(named[:3]) or 'no row alone'}" + " and others" * (len(named) > 3))
+def asked_to_stop(this):
+    """The exit code that Ctrl-C or SIGTERM asked for since the loop began, None without one."""
+    # All leave after the same step: one that went on alone would wait for the others for ever.
+    if whole_batch(torch.tensor([float(len(this.signals))])).any():
+        return 128 + max((number for number, _ in this.signals), default=signal.SIGTERM)
 
 
-# -------------------------------------------------------------------------------- several processes
+# ------------------------------------------------------------------------------- several processes
 
-def gather(x):
+def share_of(prompts):
+    """Which of a batch's prompts this process answers: a slice; all of them if it is alone."""
+    return slice(rank() * prompts // world(), (rank() + 1) * prompts // world())
+
+
+def whole_batch(x):
     """Rows of every process, in process order, padded with 0 to the widest; x itself if alone."""
     if world() == 1:
         return x
     if x.dim() == 2:
         widest = torch.tensor(x.shape[1], device=x.device)
         torch.distributed.all_reduce(widest, torch.distributed.ReduceOp.MAX)
-        # What is padded lies off the mask, so 0 will do.
+        # Padding is masked, so its value does not matter.
         x = F.pad(x, (0, int(widest) - x.shape[1]))
     # Each process drew answers of its own lengths, and all_gather wants one shape.
     parts = [torch.empty_like(x) for _ in range(world())]
@@ -501,9 +566,17 @@ def gather(x):
     return torch.cat(parts)
 
 
-def full(x):
-    """A sharded tensor, whole; a plain one as it is."""
-    return x.full_tensor() if hasattr(x, "full_tensor") else x
+def own_rows(x, rollout):
+    """The rows of `rollout` in a (B, T) tensor of the whole batch; x itself if alone."""
+    rows, width = rollout.mask.shape
+    # Sharded gradients are averaged over the processes, ours have to be summed.
+    return x[rank() * rows:(rank() + 1) * rows, :width] * world()
+
+
+def clip_gradient(policy, most):
+    """Scale the gradient to a norm of at most `most` -> the norm before."""
+    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), most)
+    return (norm if world() == 1 else norm.full_tensor()).item()
 
 
 def shard(policy):
@@ -514,7 +587,7 @@ def shard(policy):
     from torch.distributed.fsdp import fully_shard
     # Left to itself, it takes the GPUs of a machine that has some, with --device cpu, too.
     mesh = init_device_mesh(policy.device.type, (world(),))
-    # A block at a time, so that one block's gradients travel while the next is computed.
+    # One block at a time, so that one block's gradients travel while the next is computed.
     for block in policy.model.layers:
         fully_shard(block, mesh=mesh, reshard_after_forward=False)
     # Weights stay gathered between forwards, so that sampling needs no traffic.
@@ -522,187 +595,156 @@ def shard(policy):
     return policy
 
 
-def in_first(action):
-    """`action` in the first process only -> its result there, None elsewhere. If it raises, no
-    process goes on."""
-    # The others do not even look at the run's folder: it may lie on the first's machine alone.
-    result = error = None
-    if rank() == 0:
-        try:
-            result = action()
-        except Exception as raised:
-            error = raised
-    if gather(torch.tensor([float(error is not None)])).any():
-        # Its own error in the first; the others end with it instead of waiting for it.
-        raise error or ValueError("the first process ended the run and says why.")
-    return result
-
-
-def from_first(value):
-    """The first process's value, in every process; no other has to see its files."""
-    values = [value]
+@torch.no_grad()
+def gather_weights(policy):
+    """Sharded weights come together in a process's first forward, for which it needs all others.
+    Here all go through it, so that those with nothing to measure are not waited for later."""
     if world() > 1:
-        torch.distributed.broadcast_object_list(values)
-    return values[0]
+        policy(torch.zeros(1, 1, dtype=torch.int64, device=policy.device))
 
 
 # -------------------------------------------------------------------------- what a run starts from
 
 def start_policy(args, device, dtype):
-    """--model, or the warm-started tiny policy -> (policy, tokenizer, where it lies)."""
-    if args.model:
+    """Where RL starts from -> (policy, tokenizer, where it lies): --model as it is, or a base that
+    was taught to answer (`warm_start`): the tiny policy, or --model with --warm-steps."""
+    if not args.warm_steps:
         policy, tokenizer = policy_module.load(args.model, device, dtype, args.stop)
-        if rank() == 0:
-            print(policy_module.says_when_it_stops(policy, tokenizer), flush=True)
+        say(policy_module.says_when_it_stops(policy, tokenizer))
         return policy, tokenizer, args.model
     base = Path(args.out) / args.base
     if not (base / "model").is_dir():
-        make_base(base, args, device)
-    policy, tokenizer = policy_module.load(base / "model", device, dtype)
+        make_base(base, args, device, dtype)
+    policy, tokenizer = policy_module.load(base / "model", device, dtype, args.stop)
     fill_task_flags(args, tokenizer)
-    made = read_flags(base / "flags.json")
-    # An older base may lack characters; its answers would then be read as unknown tokens.
-    if tokenizer.unk_token_id in tokenizer(policy_module.CHARACTERS).input_ids:
-        raise ValueError(f"'{base}' was made with another tokenizer, which lacks some of "
-                         f"'{policy_module.CHARACTERS}': name another base with --base.")
+    made = {"model": None} | read_flags(base / "flags.json")
     # It has learned one task, and is a base for no other.
-    for key in ("counts", "high", "targets", "prompt"):
+    for key in ("model", "counts", "high", "targets", "prompt"):
         if made[key] != getattr(args, key):
-            raise ValueError(f"'{base}' was warm-started with {key} {made[key]}, not "
-                             f"{getattr(args, key)}: name another base with --base.")
+            raise UserError(f"'{base}' was warm-started with {key} {made[key]}, not "
+                            f"{getattr(args, key)}: name another base with --base.")
     return policy, tokenizer, base / "model"
 
 
-def make_base(base, args, device):
-    """Warm-start a tiny policy and save it as the folder `base`, whole or not at all."""
+def make_base(base, args, device, dtype):
+    """Warm-start a policy and save it as the folder `base`, whole or not at all."""
     if world() > 1:
-        raise ValueError(f"'{base}' is not there yet: make it once in a single process, without "
-                         "torchrun.")
-    # flags.json and the model are written at the end: a killed warm start leaves no half a base.
-    policy, tokenizer = policy_module.tiny(seed=args.seed)
+        raise UserError(f"'{base}' is not there yet: make it once in a single process, without "
+                        "torchrun.")
+    policy, tokenizer = (policy_module.load(args.model, device, dtype, args.stop) if args.model
+                         else policy_module.tiny(seed=args.seed))
     fill_task_flags(args, tokenizer)
+    if args.task != "countdown" or args.prompt == "think":
+        raise UserError("--warm-steps has no answers to imitate but for --task countdown with "
+                        "--prompt bare or ask.")
     task = make_task(args)
     task.problem(random.Random(0))                     # an impossible task is told before writing
-    base.mkdir(parents=True, exist_ok=True)
-    lock = lock_file(base / "lock")                    # until this returns: one process makes it
-    warm_start(policy.to(device), tokenizer, task, args.warm_steps, seed=args.seed, say=tqdm.write)
-    flags = {key: getattr(args, key) for key in SETTING}
-    write_json(base / "flags.json", flags | {"warm_steps": args.warm_steps, "seed": args.seed})
-    policy_module.save(policy, tokenizer, base / "model")
+    # Muon is for the tiny policy: it would undo what a pretrained one knows.
+    gently = {"prompts": 16, "lr": args.warm_lr, "make_optimizer": make_optimizer}
+    warm_start(policy.to(device), tokenizer, task, args.warm_steps, seed=args.seed, say=say,
+               **gently if args.model else {})
+    # Aside first: a killed warm start leaves no half a base, and of two runs that make the same
+    # base at the same time the first to end has it.
+    aside = base.with_name(f"{base.name}.{os.getpid()}.tmp")
+    write_json(aside / "flags.json", {key: getattr(args, key) for key in
+                                      ("model", *SETTING, "warm_steps", "seed")})
+    policy_module.save(policy, tokenizer, aside / "model")
+    if not base.exists():
+        aside.rename(base)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
-def make_tasks(args, tokenizer, policy):
-    """-> (the task to train on, (the task to measure on, its held-out problems))."""
-    fill_task_flags(args, tokenizer)
+def make_tasks(this, policy, args):
+    """The task to train on, the one to measure on, and the problems for that."""
+    fill_task_flags(args, this.tokenizer)
     if getattr(args, "max_len", 0) is None:            # dr_grpo divides by the longest answer
         args.max_len = args.max_new_tokens
-    task, judge = evaluation.split(args)
-    for each in {task: None, judge: None}:             # in this order, and once if they are one
-        notes = evaluation.leave_out_too_long(each, tokenizer, policy, args.max_new_tokens)
-        if rank() == 0 and notes:
-            print(*notes, sep="\n", flush=True)
+    this.task, this.test_task = evaluation.split(args)
+    for task in {this.task: None, this.test_task: None}:       # once, if they are one
+        for note in evaluation.leave_out_too_long(task, this.tokenizer, policy,
+                                                  args.max_new_tokens):
+            say(note)
     # What the end will need is asked for now: an error there would come after a night.
-    exam = judge.held_out_problems(args.eval_problems)
-    if args.eval_problems and not exam:
-        raise ValueError(f"'{args.eval_data or args.data}' holds no problem to evaluate on: "
-                         "--eval-problems 0 does without.")
-    task.problem(random.Random(0))                     # none left is told now, too
-    return task, (judge, exam)
+    this.task.problem(random.Random(0))
+    problems = this.test_task.held_out_problems(args.eval_problems + TRACKED * (args.eval_every > 0))
+    this.test_problems = problems[:args.eval_problems]
+    this.tracked_problems = problems[args.eval_problems:]
+    if args.eval_problems and not problems:
+        raise UserError(f"'{args.eval_data or args.data}' holds no problem to evaluate on: "
+                        "--eval-problems 0 does without.")
+    if args.eval_every and not this.tracked_problems:
+        say("--eval-every has nothing to measure: all held-out problems are in the last table.")
 
 
-def open_run(folder, args):
-    """Make or reopen runs/NAME and lock it -> the lock. A folder that holds another run is never
-    written to."""
-    if (folder / "flags.json").is_file():
+def open_run(this, args):
+    """Make or reopen runs/NAME. A folder that holds another run is never written to."""
+    # A run goes on only with the files that it began with: their fingerprints are kept.
+    files = {"--data": args.data, "--eval-data": args.eval_data, "the base": this.base}
+    args.files = {what: evaluation.fingerprint(path) for what, path in files.items() if path}
+    if (this.folder / "flags.json").is_file():
         if not args.resume:
-            raise ValueError(f"'{folder}' holds a run already: go on with --resume, or choose "
-                             "another --name.")
-        before = read_flags(folder / "flags.json")
+            raise UserError(f"'{this.folder}' holds a run already: go on with --resume, or choose "
+                            "another --name.")
+        before = read_flags(this.folder / "flags.json")
         # The union: a flag that this version has and the run's had not, or the other way round.
         for key, now in (before | vars(args)).items():
             if before.get(key) != now and key not in FREE:
-                raise ValueError(f"--resume goes on with the run's own flags, but {key} was "
-                                 f"{before.get(key)} and is {now} now.")
-        for what, mark in before.get("files", {}).items():     # older runs have none
-            if args.files[what] != mark:
-                raise ValueError(f"--resume goes on with the run's own files, but {what} has "
-                                 "changed since it began.")
-        # These may change, but change what is learned from here on: it is said.
-        for key in ("lr", "steps"):
-            if before.get(key) != getattr(args, key):
+                raise UserError(f"--resume goes on with the run's own flags, but {key} was "
+                                f"{before.get(key)} and is {now} now.")
+            # These may change, but change what is learned from here on: it is said.
+            if before.get(key) != now and key in ("lr", "steps"):
                 falls = key == "steps" and args.schedule == "linear"
-                print(f"{key} was {before.get(key)} and is {getattr(args, key)} from here on"
-                      + ", and the learning rate falls to 0 there" * falls + ".")
+                say(f"{key} was {before.get(key)} and is {now} from here on"
+                    + ", and the learning rate falls to 0 there" * falls + ".")
+        for what, mark in before["files"].items():
+            if args.files[what] != mark:
+                raise UserError(f"--resume goes on with the run's own files, but {what} has "
+                                "changed since it began.")
     elif args.resume:
-        raise ValueError(f"there is no run to resume in '{folder}': without --resume it is "
-                         "started.")
-    elif folder.exists() and {file.name for file in folder.iterdir()} - {"lock", "flags.json.tmp"}:
-        raise ValueError(f"'{folder}' is not empty and holds no run: choose another --name.")
-    folder.mkdir(parents=True, exist_ok=True)
-    return lock_file(folder / "lock")
+        raise UserError(f"there is no run to resume in '{this.folder}': without --resume it is "
+                        "started.")
+    elif this.folder.exists() and {x.name for x in this.folder.iterdir()} - {"flags.json.tmp"}:
+        raise UserError(f"'{this.folder}' is not empty and holds no run: choose another --name.")
+    this.folder.mkdir(parents=True, exist_ok=True)
 
 
-def lock_file(path):
-    """Hold `path` until this process ends, however it ends; ValueError if another one holds it."""
-    # The system lets go of it with the process, kill -9 included: no lock is ever left behind.
-    file = open(path, "w")
-    try:
-        import fcntl
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:                                # Windows: no lock
-        pass
-    except BlockingIOError:
-        raise ValueError(f"another process is writing to '{path.parent}': wait for it, or choose "
-                         "another --name.")
-    return file
-
-
-def restore(folder, policy, tokenizer, optimizer, rng, generator, args):
-    """With --resume, the newest checkpoint -> steps done. Then the run's flags are written down."""
-    done = 0
-    # What cannot be saved is told now, not after a night.
-    in_first(lambda: policy_module.try_to_save(policy, tokenizer, folder / "model"))
-    if args.resume:
-        done = load_checkpoint(folder / "checkpoints", policy, optimizer, rng, generator)
-    if rank() == 0:
-        # Only now, when nothing can be refused any more: a run that never began leaves no flags.
-        write_json(folder / "flags.json", vars(args))
-        if done >= args.steps:
-            then = ", only the table is made." if args.eval_problems else "."
-            print(f"all {done} steps are done already{then}", flush=True)
-    return done
+def try_to_save(this, args):
+    """What cannot be saved is told now, not after a night; and how much room checkpoints need."""
+    policy_module.try_to_save(this.policy, this.tokenizer, this.folder / "model")
+    # fp32 weights and two moments; two checkpoints are kept, and a third is being written.
+    size = 12 * sum(w.numel() for w in this.policy.parameters()) / 1e9
+    free = shutil.disk_usage(this.folder).free / 1e9
+    if size > 1:
+        say(f"a checkpoint every {args.save_every} steps, {size:.0f} GB each, three at a time: "
+            f"{3 * size:.0f} GB of the {free:.0f} GB that are free.")
+    if 3 * size > free:
+        raise UserError(f"three checkpoints in '{this.folder}' need {3 * size:.1f} GB, but "
+                        f"{free:.1f} GB are free: make room or choose another --out.")
 
 
 # ------------------------------------------------------------------------------------- checkpoints
 
 def save_checkpoint(folder, policy, optimizer, step, rng, generator):
-    """One safetensors file with weights, optimiser state and all random states, on disk whole or
-    not at all; the last two are kept. Sharded state is gathered in the first process only."""
-    from safetensors.torch import save_file
+    """One file with weights, optimiser state and all random states, on disk whole or not at all;
+    the last two are kept. Sharded state is gathered in the first process only."""
     gathered = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights, optimiser = get_state_dict(policy, optimizer, options=gathered)
     # Each process draws answers of its own: all of their random states, in process order.
-    generators = gather(generator.get_state()[None])                        # (processes, bytes)
+    generators = whole_batch(generator.get_state()[None])                   # (processes, bytes)
     if rank() > 0:
         return
-    tensors = {f"weight.{name}": w for name, w in weights.items()} | {"generator": generators}
-    for name, moments in optimiser["state"].items():
-        tensors |= {f"{key}.{name}": value for key, value in moments.items()}
-    facts = {"step": str(step), "rng": json.dumps(rng.getstate())}
-    # safetensors notices a file cut short, but no flipped bit.
-    facts["digest"] = digest(tensors, facts)
-    file = folder / f"{step:07d}.safetensors"
-    aside = folder / "next.tmp"                        # what a killed save left in it goes first
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    tensors = {name: x.contiguous() for name, x in tensors.items()}
-    save_file(tensors, aside / file.name, metadata=facts)
-    with open(aside / file.name, "rb+") as written:
+    folder.mkdir(parents=True, exist_ok=True)
+    for half_written in folder.glob("*.tmp"):          # by a save that was killed
+        half_written.unlink()
+    file = folder / f"{step:07d}.pt"
+    aside = file.with_suffix(".tmp")
+    torch.save({"step": step, "weights": weights, "moments": optimiser["state"],
+                "rng": rng.getstate(), "generators": generators}, aside)
+    with open(aside, "rb+") as written:
         os.fsync(written.fileno())
     # On the disk first, then renamed: after a power cut there is the whole file or none.
-    os.replace(aside / file.name, file)
-    aside.rmdir()
-    files = sorted(folder.glob("*.safetensors"))
+    os.replace(aside, file)
+    files = sorted(folder.glob("*.pt"))
     place = files.index(file)                          # later ones are damaged: it began before
     for other in files[:max(0, place - 1)] + files[place + 1:]:
         other.unlink()
@@ -711,69 +753,49 @@ def save_checkpoint(folder, policy, optimizer, step, rng, generator):
 def load_checkpoint(folder, policy, optimizer, rng, generator):
     """Restore the newest whole checkpoint in place -> its step, 0 if the run was stopped before the
     first. A damaged one is named, and the one before it is used."""
-    facts, tensors = in_first(lambda: newest_whole(folder)) or (None, {})
-    facts, generators = from_first((facts, tensors.pop("generator", None)))
-    if facts is None:
+    found = {}                                         # stays empty in all but the first process
+
+    def look():
+        found.update(newest_whole(folder))
+        return [found.get(key) for key in ("step", "rng", "generators")]
+    step, state, generators = in_first(look)
+    if step is None:
         return 0
-    weights, moments = {}, {}                          # empty in all but the first process
-    for key, value in tensors.items():
-        kind, _, name = key.partition(".")
-        if kind == "weight":
-            weights[name] = value
-        else:
-            moments.setdefault(name, {})[kind] = value
-    if from_first({name: w.shape for name, w in weights.items()}) != {
-            name: w.shape for name, w in policy.named_parameters()}:
-        raise ValueError(f"'{folder}' is of another model than the one the run starts from now.")
     # The first process hands out what it has read; the others hold their own shards only. In two
-    # calls: set_state_dict would take the empty `weights` of the others for "no weights at all".
+    # calls: set_state_dict would take the empty weights of the others for "no weights at all".
     scattered = StateDictOptions(full_state_dict=True, broadcast_from_rank0=world() > 1)
     optimiser = get_optimizer_state_dict(policy, optimizer)
-    optimiser["state"] = moments
-    set_model_state_dict(policy, weights, options=scattered)
+    optimiser["state"] = found.get("moments", {})
+    set_model_state_dict(policy, found.get("weights", {}), options=scattered)
     set_optimizer_state_dict(policy, optimizer, optimiser, options=scattered)
-    version, internal, gauss = json.loads(facts["rng"])
-    rng.setstate((version, tuple(internal), gauss))
+    rng.setstate(state)
     # Bit for bit only with as many processes as before: each draws from a state of its own.
     if len(generators) == world():
         generator.set_state(generators[rank()].clone())
-    elif rank() == 0:
-        print(f"the run had {len(generators)} processes and has {world()} now: it goes on with "
-              "other draws.")
-    return int(facts["step"])
+    else:
+        say(f"the run had {len(generators)} processes and has {world()} now: it goes on with other "
+            "draws.")
+    return step
 
 
 def newest_whole(folder):
-    """(facts, tensors) of the newest checkpoint that is not damaged; None if there is none yet."""
-    from safetensors import SafetensorError, safe_open
-    damaged = []
+    """What is in the newest checkpoint that is not damaged; {} if there is none yet."""
+    damaged = ""
     # The last two are kept, so a damaged one costs --save-every steps, not the run.
-    for file in sorted(folder.glob("*.safetensors"), reverse=True):
+    for file in sorted(folder.glob("*.pt"), reverse=True):
         try:
-            with safe_open(file, framework="pt") as opened:
-                facts = opened.metadata()
-                tensors = {name: opened.get_tensor(name) for name in opened.keys()}
-            if facts.pop("digest") != digest(tensors, facts):
-                raise ValueError("its checksum is wrong")
-        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
-            damaged.append(f"{file.name} is damaged ({error})")
-            continue
-        if damaged:
-            print(f"{', '.join(damaged)}; going on from {file.name}.", file=sys.stderr)
-        return facts, tensors
+            # torch.load looks at no checksum, but each tensor in the file has one.
+            with zipfile.ZipFile(file) as parts:
+                if parts.testzip():
+                    raise zipfile.BadZipFile("a checksum is wrong")
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:                     # whatever a damaged file makes these say
+            damaged = f"{file.name} is damaged ({type(error).__name__})"
+            say(f"{damaged}: looking for the one before it.")
     if damaged:
-        raise ValueError(f"'{folder}' holds no usable checkpoint: {', '.join(damaged)}. Start anew "
-                         "under another --name.")
-
-
-def digest(tensors, facts):
-    """SHA-256 over names, shapes, bytes and the facts beside them: a flipped bit is noticed."""
-    total = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-    for name in sorted(tensors):
-        x = tensors[name].contiguous()
-        total.update(f"{name}{x.dtype}{tuple(x.shape)}".encode())
-        total.update(x.reshape(-1).view(torch.uint8).numpy())
-    return total.hexdigest()
+        raise UserError(f"'{folder}' holds no usable checkpoint, {damaged}: start anew under "
+                        "another --name.")
+    return {}
 
 
 def save_model(policy, tokenizer, path):
@@ -784,65 +806,64 @@ def save_model(policy, tokenizer, path):
         policy_module.save(policy, tokenizer, path, weights)
 
 
-def compare(base, folder, task, problems, args, device, dtype):
-    """The table at the end: the base, this run, and every finished run beside it that was measured
-    alike, on the same held-out problems. What was measured before is read from eval.json.
+# ---------------------------------------------------------------------------- the table at the end
 
-    The processes share the problems out. Only the first has the run's folder; the others begin with
-    the base and are sent the weights."""
+def compare(this, args):
+    """The table at the end: the base, this run, and every finished run beside it that was measured
+    alike, on the same held-out problems. What was measured before is read from eval.json."""
     # All that a number in the table depends on, apart from the model and the problems.
     setting = {key: getattr(args, key) for key in SETTING} | {
-        "n": args.eval_samples, "temperature": args.eval_temperature}
-    # Records are kept under a fingerprint of the weights that they are of: what has not changed is
-    # not measured again, and what has changed is.
-    beside = from_first(in_first(lambda: measured_alike(folder.parent, setting, problems,
-                                                        args.files["the base"])))
-    models = {}
-    for name, where in (("base", base), (args.name, folder / "model")):
-        known, mark = beside.pop(name, None), from_first(evaluation.fingerprint(where))
-        if known is None or known["fingerprint"] != mark:
-            policy, tokenizer = policy_module.load(where if rank() == 0 else base, device,
-                                                   dtype, args.stop)
-            # The others may stand on machines that do not see the run's folder.
+        "stop": args.stop, "dtype": str(this.dtype), "n": args.eval_samples,
+        "temperature": args.eval_temperature}
+    places = {"base": this.base, args.name: this.folder / "model"}
+    marks = in_first(lambda: {name: evaluation.fingerprint(places[name]) for name in places})
+    known = in_first(lambda: measured_alike(this, setting, marks))
+    for name in places:
+        if name not in known:
+            # Only the first process sees the run's folder: the others are sent the weights.
+            policy, tokenizer = policy_module.load(places[name] if rank() == 0 else this.base,
+                                                   this.device, this.dtype, args.stop)
             for w in policy.parameters() if world() > 1 else []:
                 torch.distributed.broadcast(w.detach(), 0)
             # The same seed for every model: the same chance for all.
             generator = torch.Generator(policy.device).manual_seed(0)
-            records = evaluation.evaluate(policy, tokenizer, task, problems, args.eval_samples,
-                                          args.max_new_tokens, args.eval_temperature, generator,
-                                          args.rows)
-            known = {"fingerprint": mark, "loss": args.loss, "records": records}
+            records = evaluation.evaluate(policy, tokenizer, this.test_task, this.test_problems,
+                                          args.eval_samples, args.max_new_tokens,
+                                          args.eval_temperature, generator, args.rows)
+            known[name] = {"fingerprint": marks[name], "loss": args.loss, "records": records}
             del policy                                 # one model at a time
-        models[name] = known
     if rank() > 0:
         return
-    write_json(folder / "eval.json", {"setting": setting, "flags": vars(args), "models": models})
-    shown = {"base": models["base"]} | beside | {args.name: models[args.name]}
-    summaries = evaluation.summary({name: model["records"] for name, model in shown.items()})
-    print(f"{args.task}: {len(problems)} held-out problems, {args.eval_samples} samples each, "
-          f"temperature {args.eval_temperature:g}")
-    print(evaluation.table(summaries))
-    # A picture for eyes; a pipe or a file gets numbers only.
-    if sys.stdout.isatty():
-        print(evaluation.chart(summaries))
-    print(f"log, model and table are in {folder}")
+    write_json(this.folder / "eval.json", {"setting": setting, "flags": vars(args),
+                                           "models": {name: known[name] for name in places}})
+    order = ["base", *(name for name in known if name not in places), args.name]
+    results = {name: known[name]["records"] for name in order}
+    print(f"{args.task}: {len(this.test_problems)} held-out problems, {args.eval_samples} samples "
+          f"each, temperature {args.eval_temperature:g}")
+    evaluation.print_table(evaluation.summary(results))
+    print(evaluation.most_changed(this.test_task, this.test_problems, results["base"],
+                                  results[args.name], args.name))
+    print(f"log, model and table are in {this.folder}")
+    # Suggest the other half of the comparison if it has not been run.
     other = "diffsmooth" if args.loss == "grpo" else "grpo"
-    # Someone who has typed one command should read its table against the other.
-    if other not in (model["loss"] for model in beside.values()):
+    if other not in (model["loss"] for model in known.values()):
         print(f"To read it against {other}, on the same problems: python train.py --loss {other}")
 
 
-def measured_alike(out, setting, problems, base):
-    """{name: {"fingerprint", "loss", "records"}} of the base and of every finished run in `out`
-    with this task, number of samples, temperature, base (a fingerprint) and these problems."""
-    wanted, found = json.dumps([setting, [list(problem) for problem in problems]]), {}
-    for file in sorted(out.glob("*/eval.json")):
+def measured_alike(this, setting, marks):
+    """{name: {"fingerprint", "loss", "records"}} of the base and of every finished run beside this
+    one with this setting, base and problems; of this run if its model has not changed. Records are
+    kept under a fingerprint of the model that they are of: marks, {"base", this run: fingerprint}.
+    """
+    wanted, found = json.dumps([setting, [list(x) for x in this.test_problems]]), {}
+    for file in sorted(this.folder.parent.glob("*/eval.json")):
         try:
-            report = json.loads(file.read_text())
-            asked = [record["problem"] for record in report["models"]["base"]["records"]]
-            alike = json.dumps([report["setting"], asked]) == wanted
-            if alike and report["models"]["base"]["fingerprint"] == base:
-                found |= report["models"]
+            seen = json.loads(file.read_text())
+            problems = [record["problem"] for record in seen["models"]["base"]["records"]]
+            alike = json.dumps([seen["setting"], problems]) == wanted
+            if alike and seen["models"]["base"]["fingerprint"] == marks["base"]:
+                found |= {name: model for name, model in seen["models"].items()
+                          if model["fingerprint"] == marks.get(name, model["fingerprint"])}
         except (ValueError, KeyError, TypeError, OSError):     # another program's, or cut in half
             continue
     return found
@@ -866,70 +887,107 @@ def hyperparameters(loss):
             if p.kind is p.KEYWORD_ONLY and name not in ("entropy", "ref_logp")}
 
 
+def option(loss, name, default, text):
+    """What stands behind --name, as a value of the kind of its default."""
+    kind = type(default)
+    if kind is str:
+        return text
+    try:
+        named = {"true": True, "false": False, "none": None, "nan": math.nan, "inf": math.inf}
+        value = named[text.lower()] if text.lower() in named else ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = text
+    if kind in (int, float) and type(value) in (int, float):
+        return kind(value) if kind(value) == value else value
+    if default is None or type(value) is kind:
+        return value
+    raise argparse.ArgumentTypeError(f"losses.{loss} takes a {kind.__name__}, not '{text}'")
+
+
+# Group -> flags: name, default, least value (None: above 0), help.
+NUMBERS = {
+    "one step": (
+        ("prompts", 32, 1, "problems per step"),
+        ("group-size", 16, 2, "answers per problem (G): each is compared with the others"),
+        ("temperature", 1.0, None, "of sampling, and of every log-probability"),
+        ("dynamic-sampling", 0, 0, "redraw all-correct and all-wrong groups, at most so often"),
+        ("updates", 1, 1, "optimiser steps per rollout, each on a part"),
+        ("grad-clip", 1.0, None, "largest gradient norm")),
+    "how far and how fast": (
+        ("steps", 1200, 1, "rollouts"),
+        ("lr", 1e-4, None, "largest learning rate"),
+        ("warmup", 10, 0, "steps in which it rises to --lr")),
+    "what is measured on held-out problems": (
+        ("eval-every", 100, 0, f"steps between two looks at {TRACKED} of them; 0: none"),
+        ("eval-problems", 512, 0, "others, for the table at the end; 0: no table"),
+        ("eval-samples", 64, 1, "answers to each of these"),
+        ("eval-temperature", 0.7, None, "of these answers")),
+    "the run": (
+        ("save-every", 50, 1, "steps between checkpoints"),
+        ("show-every", 10, 1, "steps between two lines on the screen"),
+        ("seed", 0, 0, "of problems and answers")),
+    "the machine; less memory: the first two": (
+        ("micro-batch", 0, 0, "rows in one forward and backward; 0: all"),
+        ("rows", 1024, 1, "answers sampled at once"))}
+
+
 def parse(argv):
     parser = Parser(description=__doc__.split("\n")[0], add_help=False,
                     usage="python train.py --loss LOSS [flags]")
     flag = parser.add_argument_group("what is optimised").add_argument
     flag("--loss", default="diffsmooth", help="one of: " + ", ".join(variants()))
     flag("--model", help="the base: a folder or hub name; without it, a tiny policy, made once")
-    flag("--base", default="base", help="the tiny policy's folder in --out; one a task")
-    flag("--warm-steps", type=int, default=500, help="steps of cross-entropy that make it")
+    flag("--warm-steps", type=int, help="steps of cross-entropy on correct answers that teach the "
+         "base to answer; without it 500, with --model none")
+    flag("--warm-lr", type=float, default=2e-4, help="with --model: the largest rate of these")
+    flag("--base", default="base", help="the folder in --out for what was taught so")
     flag("--stop", nargs="+", default=[], help="with --model: further tokens that end an answer")
     # The loss's own options: --help shows groups in the order in which they are made.
-    own = parser.add_argument_group()                  # filled in below
+    loss_group = parser.add_argument_group()           # filled in below
     add_task_flags(parser)
-    flag = parser.add_argument_group("one step").add_argument
-    flag("--prompts", type=int, default=32, help="problems a step")
-    flag("--group-size", type=int, default=16, help="answers a problem (G)")
-    flag("--temperature", type=float, default=1.0, help="of sampling, and of every log-probability")
-    flag("--dynamic-sampling", type=int, default=0,
-         help="redraw groups that are all right or all wrong, at most this often")
-    flag("--updates", type=int, default=1, help="optimiser steps a rollout, each on a part")
-    flag("--grad-clip", type=float, default=1.0, help="largest gradient norm")
-    flag = parser.add_argument_group("how far and how fast").add_argument
-    flag("--steps", type=int, default=1200, help="rollouts")
-    flag("--lr", type=float, default=1e-4, help="largest learning rate")
-    flag("--warmup", type=int, default=10, help="steps in which it rises to --lr")
-    flag("--schedule", choices=["linear", "constant"], default="linear",
-         help="then it falls to 0 at --steps, or stays")
-    flag = parser.add_argument_group("the table at the end").add_argument
-    flag("--eval-problems", type=int, default=512, help="held-out problems; 0: no table")
-    flag("--eval-samples", type=int, default=64, help="answers to each of them")
-    flag("--eval-temperature", type=float, default=0.7, help="of these answers")
-    flag("--eval-data", help="math: measure on this file, not on a held-out tenth of --data")
-    flag = parser.add_argument_group("the run").add_argument
+    groups = {title: parser.add_argument_group(title).add_argument for title in NUMBERS}
+    for title, flags in NUMBERS.items():
+        for name, default, _, meaning in flags:
+            groups[title](f"--{name}", type=type(default), default=default, help=f"{meaning} (default: {default})")
+    groups["how far and how fast"]("--schedule", choices=["linear", "constant"], default="linear",
+                                   help="then it falls to 0 at --steps, or stays")
+    groups["what is measured on held-out problems"](
+        "--eval-data", help="math: measure on this file, not on a held-out tenth of --data")
+    flag = groups["the run"]
     flag("--name", help="its folder is OUT/NAME; without it, the loss's name")
     flag("--out", default="runs", help="the folder of runs")
     flag("--resume", action="store_true", help="go on from the last checkpoint")
-    flag("--save-every", type=int, default=50, help="steps between checkpoints")
-    flag("--show-every", type=int, default=25, help="steps between two answers shown in full")
-    flag("--seed", type=int, default=0, help="of problems and answers")
-    flag = parser.add_argument_group("the machine; less memory: the first two").add_argument
-    flag("--micro-batch", type=int, default=0, help="rows in one forward and backward; 0: all")
-    flag("--rows", type=int, default=1024, help="answers sampled at once")
-    flag("--checkpoint-activations", action="store_true",
-         help="keep a layer's input only, compute the rest again: for long answers, a third slower "
-         "at most")
+    flag = groups["the machine; less memory: the first two"]
+    flag("--checkpoint-activations", action="store_true", help="keep a layer's input only, compute "
+         "the rest again: for long answers, a third slower at most")
     flag("--device", help="cuda, cpu or mps; without it, cuda where there is one")
 
     # Which loss it is decides which other flags there are.
     # Their names and defaults are read from the function's signature, so a new loss needs no line.
     known, _ = parser.parse_known_args(argv)
     if known.loss not in variants():
-        raise ValueError(f"unknown loss '{known.loss}'; these exist: {', '.join(variants())}.")
+        raise UserError(f"unknown loss '{known.loss}'; these exist: {', '.join(variants())}.")
     options = hyperparameters(known.loss)
-    own.title = f"options of --loss {known.loss}, explained in losses.{known.loss}"
+    loss_group.title = f"options of --loss {known.loss}, explained in losses.{known.loss}"
     for name, default in options.items():
+        if type(default) not in (bool, int, float, str, tuple, type(None)):
+            raise UserError(f"losses.{known.loss}: no flag can give what the default of {name} is, "
+                            f"a {type(default).__name__}.")
         budget = name == "max_len"                     # dr_grpo's: known once the task is
-        own.add_argument(f"--{name}", type=type(default), default=None if budget else default,
-                         help="without it, --max-new-tokens" if budget else type(default).__name__)
+        loss_group.add_argument(
+            f"--{name}", f"--{name.replace('_', '-')}", dest=name,
+            type=functools.partial(option, known.loss, name, default),
+            default=None if budget else default,
+            help="without it, --max-new-tokens" if budget else type(default).__name__)
     parser.add_argument("-h", "--help", action="help", help="show this; with --loss, its options")
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         has = ", ".join(f"--{name}" for name in options) or "none"
-        raise ValueError(f"'{unknown[0]}' is not a flag, nor an option of loss {known.loss}, which "
-                         f"has: {has}.")
+        raise UserError(f"'{unknown[0]}' is not a flag, nor an option of loss {known.loss}, which "
+                        f"has: {has}.")
     args.name = args.name or args.loss
+    if args.warm_steps is None:
+        args.warm_steps = 0 if args.model else 500
     check(args)
     return args
 
@@ -938,24 +996,18 @@ def check(args):
     """Contradictions and impossible values, told before anything is written."""
     def need(ok, message):
         if not ok:
-            raise ValueError(message)
+            raise UserError(message)
 
-    for name in ("prompts", "steps", "updates", "save_every", "show_every", "warm_steps",
-                 "eval_samples", "rows"):
-        need(getattr(args, name) >= 1, f"--{name.replace('_', '-')} must be at least 1.")
-    for name in ("dynamic_sampling", "warmup", "micro_batch", "eval_problems"):
-        need(getattr(args, name) >= 0, f"--{name.replace('_', '-')} must not be negative.")
-    need(args.group_size >= 2, "--group-size must be at least 2: with one answer a group there is "
-         "nothing to compare it with.")
-    need(0 < args.temperature < math.inf,
-         "--temperature must be above 0: training scores what was sampled.")
-    need(0 < args.eval_temperature < math.inf, "--eval-temperature must be above 0.")
+    more = ("warm-steps", 0, 0 if args.model else 1, ""), ("warm-lr", 0.0, None, "")
+    for name, default, least, _ in (*more, *(x for flags in NUMBERS.values() for x in flags)):
+        value = getattr(args, name.replace("-", "_"))
+        need(value >= least if least is not None else 0 < value < math.inf,
+             f"--{name} must be " + (f"at least {least}." if least is not None else "above 0."))
     need(args.model or args.task == "countdown" and args.prompt in (None, "bare"),
          "the tiny policy knows digits and operators only: --task math and --prompt other than "
          "bare need --model.")
-    need(0 < args.lr < math.inf and args.grad_clip > 0, "--lr and --grad-clip must be above 0.")
-    need(0 <= args.seed < 2 ** 63, "--seed must be from 0 to 2**63 - 1.")
-    need(args.name != "base" and (args.name != args.base or args.model),
+    need(args.seed < 2 ** 63, "--seed must be below 2**63.")
+    need(args.name != "base" and (args.name != args.base or not args.warm_steps),
          "--name and --base must differ, and no run is called base: it is kept apart.")
     need(args.task == "math" or args.eval_data is None, "--eval-data belongs to --task math.")
     need(args.prompts % args.updates == 0,
@@ -965,28 +1017,28 @@ def check(args):
 
 def check_loss(args):
     """A trial call on one group: the loss itself knows best what its options may be."""
-    own = {name: getattr(args, name) for name in hyperparameters(args.loss)
-           if getattr(args, name) is not None}
-    logp = torch.full((args.group_size, 1), -1.0)      # one token an answer
+    options = {name: getattr(args, name) for name in hyperparameters(args.loss)
+               if getattr(args, name) is not None}
+    logp = torch.full((args.group_size, 1), -1.0)      # answers of one token
     rewards = (torch.arange(args.group_size) == 0).float()
     loss, _ = variants()[args.loss](logp, logp, logp < 0, rewards, args.group_size, entropy=-logp,
-                                    ref_logp=logp, **own)
+                                    ref_logp=logp, **options)
     if not loss.isfinite():
-        raise ValueError(f"the options of --loss {args.loss} make its value {loss}.")
+        raise UserError(f"the options of --loss {args.loss} make its value {loss}.")
 
 
 def main(argv=None):
     """Run, and turn what a user can get wrong into one sentence and exit code 2."""
     try:
         evaluation.any_character()
-        on_signal(f"stopped before the first step; start again with: {command(argv)}")
-        return run(parse(argv), argv)
+        on_signal("stopped before the first step; the same command starts it again.")
+        return run(parse(argv))
     except KeyboardInterrupt as interrupt:             # from on_signal
         number, sentence = interrupt.args
         print(sentence, file=sys.stderr)
         return 128 + number
     except Exception as error:
-        print(f"error: {explain(error)}", file=sys.stderr)
+        print(f"error: {evaluation.explain(error)}", file=sys.stderr)
         return 2
 
 
