@@ -477,7 +477,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
     """The standard help, without the defaults that say nothing: None and False."""
 
     def _get_help_string(self, action):
-        plain = action.default is None or action.default is False
+        plain = action.default in (None, False, [])
         return action.help if plain else super()._get_help_string(action)
 
 

@@ -202,7 +202,7 @@ def train_step(policy, optimizer, rollout, rewards, loss_fn, group_size, *, temp
 
 BAD_STEPS = 3                 # this many steps in a row with a NaN or infinite gradient end the run
 TRACKED, TRACKED_ANSWERS = 128, 16     # held-out problems that --eval-every measures, answers each
-AGAIN = "the same command with --resume goes on from there."
+AGAIN = "the same command with --resume goes on."
 # What --resume lets one change: the run's length, what cures a NaN or a lack of memory, and what is
 # shown, measured or saved.
 FREE = ("steps", "lr", "micro_batch", "rows", "save_every", "show_every", "eval_problems",
@@ -210,13 +210,12 @@ FREE = ("steps", "lr", "micro_batch", "rows", "save_every", "show_every", "eval_
 
 
 def prepare(args):
-    """All that a run needs, as one namespace. What a user can have got wrong is reported here."""
+    """All that a run needs, in one namespace. What a user can have got wrong is reported here."""
     device, dtype = start_processes(args.device)       # as many as torchrun started
     this = SimpleNamespace(folder=Path(args.out) / args.name, device=device, dtype=dtype, done=0,
                            bad_steps=0, seconds=[], slow=False, quiet=rank() > 0 or None)
     if args.prompts // args.updates % world():
-        raise UserError(f"{world()} processes do not divide the {args.prompts // args.updates} "
-                        "prompts of an update.")
+        raise UserError(f"{world()} processes must divide --prompts by --updates.")
     say(f"{args.loss} on {args.task}, {device}, torch {torch.__version__}, "
         f"{torch.get_num_threads()} threads (several runs at once: OMP_NUM_THREADS=1 for each)")
     policy, this.tokenizer, this.base = start_policy(args, device, dtype)
@@ -224,9 +223,9 @@ def prepare(args):
     make_tasks(this, policy, args)
     in_first(lambda: open_run(this, args))
 
-    # A frozen copy of the base only where the loss has a KL term.
     options = {name: getattr(args, name) for name in hyperparameters(args.loss)}
     this.loss_fn = functools.partial(variants()[args.loss], **options)
+    # A frozen copy of the base only where the loss has a KL term.
     this.reference = copy.deepcopy(policy).requires_grad_(False) if options.get("beta") else None
     # Sharded first: the optimiser's moments are then sharded as their weights are.
     this.policy = shard(policy)
@@ -244,8 +243,7 @@ def prepare(args):
         write_json(this.folder / "flags.json", vars(args))
         this.log = open_log(this.folder / "log.csv", this.done)
     if this.done >= args.steps:
-        say(f"all {this.done} steps are done already" + ", only the table is made." *
-            (args.eval_problems > 0))
+        say(f"all {this.done} steps are done already")
     this.signals = on_signal(f"stopped within a step; {AGAIN}", wait=True)
     return this
 
@@ -258,8 +256,7 @@ def say(text):
 def finish(this, args):
     """Save the model, and make the table -> exit code."""
     # From here on nothing can be lost: Ctrl-C ends the process at once.
-    on_signal("stopped after the last step, all saved; the same command with --resume makes the "
-              "table.")
+    on_signal(f"stopped after the last step, all saved; {AGAIN}")
     save_model(this.policy, this.tokenizer, this.folder / "model")
     this.policy = this.reference = this.optimizer = None       # their memory is for the table now
     if args.eval_problems:
@@ -507,15 +504,13 @@ def note_bad_steps(this, step, stats, rollout, rows):
     this.bad_steps = this.bad_steps + 1 if stats["bad"] else 0
     if stats["bad"]:
         named = [f"row {int(rows[row])} {rollout.texts[rows[row]][:200]!r}"
-                 for row in stats["bad_rows"]]
-        say(f"step {step} is skipped, weights and optimiser stay as they were: loss "
-            f"{stats['loss']}, gradient norm {stats['grad_norm']}, caused by "
-            f"{', '.join(named[:3]) or 'no row alone'}" + " and others" * (len(named) > 3))
+                 for row in stats["bad_rows"][:3]]
+        say(f"step {step} is skipped, and nothing moves: loss {stats['loss']}, gradient norm "
+            f"{stats['grad_norm']}, caused by {', '.join(named) or 'no row alone'}")
     if this.bad_steps == BAD_STEPS:
         newest = max((this.folder / "checkpoints").glob("*.pt"), default="none yet")
-        raise UserError(f"{BAD_STEPS} steps in a row gave a NaN or infinite gradient; the last "
-                        f"good checkpoint is {newest}: go on from it with --resume and a smaller "
-                        "--lr.")
+        raise UserError(f"{BAD_STEPS} steps in a row gave a NaN or infinite gradient: go on from "
+                        f"the last checkpoint ({newest}) with --resume and a smaller --lr.")
 
 
 def on_signal(sentence, wait=False):
@@ -618,8 +613,7 @@ def start_policy(args, device, dtype):
     policy, tokenizer = policy_module.load(base / "model", device, dtype, args.stop)
     fill_task_flags(args, tokenizer)
     made = {"model": None} | read_flags(base / "flags.json")
-    # It has learned one task, and is a base for no other.
-    for key in ("model", "counts", "high", "targets", "prompt"):
+    for key in ("model", "counts", "high", "targets", "prompt"):   # it knows one task
         if made[key] != getattr(args, key):
             raise UserError(f"'{base}' was warm-started with {key} {made[key]}, not "
                             f"{getattr(args, key)}: name another base with --base.")
@@ -629,14 +623,13 @@ def start_policy(args, device, dtype):
 def make_base(base, args, device, dtype):
     """Warm-start a policy and save it as the folder `base`, whole or not at all."""
     if world() > 1:
-        raise UserError(f"'{base}' is not there yet: make it once in a single process, without "
-                        "torchrun.")
+        raise UserError(f"'{base}' is not there yet: make it once without torchrun.")
     policy, tokenizer = (policy_module.load(args.model, device, dtype, args.stop) if args.model
                          else policy_module.tiny(seed=args.seed))
     fill_task_flags(args, tokenizer)
     if args.task != "countdown" or args.prompt == "think":
-        raise UserError("--warm-steps has no answers to imitate but for --task countdown with "
-                        "--prompt bare or ask.")
+        raise UserError("--warm-steps needs answers to imitate: --task countdown with --prompt "
+                        "bare or ask has some.")
     task = make_task(args)
     task.problem(random.Random(0))                     # an impossible task is told before writing
     # Muon is for the tiny policy: it would undo what a pretrained one knows.
@@ -666,7 +659,8 @@ def make_tasks(this, policy, args):
             say(note)
     # What the end will need is asked for now: an error there would come after a night.
     this.task.problem(random.Random(0))
-    problems = this.test_task.held_out_problems(args.eval_problems + TRACKED * (args.eval_every > 0))
+    tracked = TRACKED if args.eval_every else 0
+    problems = this.test_task.held_out_problems(args.eval_problems + tracked)
     this.test_problems = problems[:args.eval_problems]
     this.tracked_problems = problems[args.eval_problems:]
     if args.eval_problems and not problems:
@@ -678,48 +672,43 @@ def make_tasks(this, policy, args):
 
 def open_run(this, args):
     """Make or reopen runs/NAME. A folder that holds another run is never written to."""
+    folder = this.folder
     # A run goes on only with the files that it began with: their fingerprints are kept.
     files = {"--data": args.data, "--eval-data": args.eval_data, "the base": this.base}
     args.files = {what: evaluation.fingerprint(path) for what, path in files.items() if path}
-    if (this.folder / "flags.json").is_file():
-        if not args.resume:
-            raise UserError(f"'{this.folder}' holds a run already: go on with --resume, or choose "
-                            "another --name.")
-        before = read_flags(this.folder / "flags.json")
-        # The union: a flag that this version has and the run's had not, or the other way round.
-        for key, now in (before | vars(args)).items():
-            if before.get(key) != now and key not in FREE:
-                raise UserError(f"--resume goes on with the run's own flags, but {key} was "
-                                f"{before.get(key)} and is {now} now.")
-            # These may change, but change what is learned from here on: it is said.
-            if before.get(key) != now and key in ("lr", "steps"):
-                falls = key == "steps" and args.schedule == "linear"
-                say(f"{key} was {before.get(key)} and is {now} from here on"
-                    + ", and the learning rate falls to 0 there" * falls + ".")
-        for what, mark in before["files"].items():
-            if args.files[what] != mark:
-                raise UserError(f"--resume goes on with the run's own files, but {what} has "
-                                "changed since it began.")
-    elif args.resume:
-        raise UserError(f"there is no run to resume in '{this.folder}': without --resume it is "
-                        "started.")
-    elif this.folder.exists() and {x.name for x in this.folder.iterdir()} - {"flags.json.tmp"}:
-        raise UserError(f"'{this.folder}' is not empty and holds no run: choose another --name.")
-    this.folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "flags.json").is_file():
+        if args.resume:
+            raise UserError(f"there is no run to resume in '{folder}'.")
+        if folder.exists() and {x.name for x in folder.iterdir()} - {"flags.json.tmp"}:
+            raise UserError(f"'{folder}' is not empty and holds no run: choose another --name.")
+        folder.mkdir(parents=True, exist_ok=True)
+        return
+    if not args.resume:
+        raise UserError(f"'{folder}' holds a run already: --resume it, or choose another --name.")
+    before = read_flags(folder / "flags.json")
+    # The union: a flag that this version has and the run's had not, or the other way round.
+    for key, now in (before | vars(args)).items():
+        then = before.get(key)
+        if then != now and key not in FREE:
+            raise UserError(f"--resume keeps a run's flags, but {key} was {then} and is {now} now.")
+        if then != now and key in ("lr", "steps"):     # allowed, but it changes what is learned
+            say(f"{key} was {then} and is {now} from here on.")
+    for what, mark in before["files"].items():
+        if args.files[what] != mark:
+            raise UserError(f"--resume keeps a run's files, but {what} has changed since it began.")
 
 
 def try_to_save(this, args):
     """What cannot be saved is told now, not after a night; and how much room checkpoints need."""
     policy_module.try_to_save(this.policy, this.tokenizer, this.folder / "model")
     # fp32 weights and two moments; two checkpoints are kept, and a third is being written.
-    size = 12 * sum(w.numel() for w in this.policy.parameters()) / 1e9
+    size = 3 * 12 * sum(w.numel() for w in this.policy.parameters()) / 1e9
     free = shutil.disk_usage(this.folder).free / 1e9
+    room = f"three checkpoints need {size:.1f} GB in '{this.folder}', and {free:.1f} GB are free"
+    if size > free:
+        raise UserError(f"{room}: make some, or choose another --out.")
     if size > 1:
-        say(f"a checkpoint every {args.save_every} steps, {size:.0f} GB each, three at a time: "
-            f"{3 * size:.0f} GB of the {free:.0f} GB that are free.")
-    if 3 * size > free:
-        raise UserError(f"three checkpoints in '{this.folder}' need {3 * size:.1f} GB, but "
-                        f"{free:.1f} GB are free: make room or choose another --out.")
+        say(f"{room}; one is written every {args.save_every} steps.")
 
 
 # ------------------------------------------------------------------------------------- checkpoints
@@ -887,25 +876,39 @@ def hyperparameters(loss):
             if p.kind is p.KEYWORD_ONLY and name not in ("entropy", "ref_logp")}
 
 
-def option(loss, name, default, text):
+def option(loss, default, text):
     """What stands behind --name, as a value of the kind of its default."""
     kind = type(default)
+    named = {"true": True, "false": False, "none": None, "nan": math.nan, "inf": math.inf}
+    try:
+        value = named[text.lower()] if text.lower() in named else ast.literal_eval(text)
+    except (ValueError, SyntaxError):                  # no number, no tuple
+        value = text
     if kind is str:
         return text
-    try:
-        named = {"true": True, "false": False, "none": None, "nan": math.nan, "inf": math.inf}
-        value = named[text.lower()] if text.lower() in named else ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        value = text
-    if kind in (int, float) and type(value) in (int, float):
-        return kind(value) if kind(value) == value else value
-    if default is None or type(value) is kind:
-        return value
+    if default is None or type(value) is kind or {kind, type(value)} <= {int, float}:
+        return float(value) if kind is float else value
     raise argparse.ArgumentTypeError(f"losses.{loss} takes a {kind.__name__}, not '{text}'")
+
+
+def number(default, least, text):
+    """What stands behind a flag, as a number of its default's kind; least None: above 0."""
+    try:
+        value = type(default)(text)
+    except ValueError:
+        value = math.nan
+    if not (0 < value < math.inf if least is None else least <= value < 2 ** 63):
+        kind = "a whole number" if isinstance(default, int) else "a number"
+        wanted = "above 0" if least is None else f"of at least {least}"
+        raise argparse.ArgumentTypeError(f"must be {kind} {wanted}, not '{text}'")
+    return value
 
 
 # Group -> flags: name, default, least value (None: above 0), help.
 NUMBERS = {
+    "the warm start": (
+        ("warm-steps", None, 0, "of cross-entropy on correct answers; 500, or 0 with --model"),
+        ("warm-lr", 2e-4, None, "their largest learning rate with --model")),
     "one step": (
         ("prompts", 32, 1, "problems per step"),
         ("group-size", 16, 2, "answers per problem (G): each is compared with the others"),
@@ -937,29 +940,26 @@ def parse(argv):
     flag = parser.add_argument_group("what is optimised").add_argument
     flag("--loss", default="diffsmooth", help="one of: " + ", ".join(variants()))
     flag("--model", help="the base: a folder or hub name; without it, a tiny policy, made once")
-    flag("--warm-steps", type=int, help="steps of cross-entropy on correct answers that teach the "
-         "base to answer; without it 500, with --model none")
-    flag("--warm-lr", type=float, default=2e-4, help="with --model: the largest rate of these")
-    flag("--base", default="base", help="the folder in --out for what was taught so")
+    flag("--base", default="base", help="folder in --out of a base that was taught to answer")
     flag("--stop", nargs="+", default=[], help="with --model: further tokens that end an answer")
     # The loss's own options: --help shows groups in the order in which they are made.
     loss_group = parser.add_argument_group()           # filled in below
     add_task_flags(parser)
     groups = {title: parser.add_argument_group(title).add_argument for title in NUMBERS}
     for title, flags in NUMBERS.items():
-        for name, default, _, meaning in flags:
-            groups[title](f"--{name}", type=type(default), default=default, help=f"{meaning} (default: {default})")
+        for name, default, least, meaning in flags:
+            groups[title](f"--{name}", type=functools.partial(number, default or 0, least),
+                          default=default, help=meaning)
     groups["how far and how fast"]("--schedule", choices=["linear", "constant"], default="linear",
                                    help="then it falls to 0 at --steps, or stays")
-    groups["what is measured on held-out problems"](
-        "--eval-data", help="math: measure on this file, not on a held-out tenth of --data")
     flag = groups["the run"]
     flag("--name", help="its folder is OUT/NAME; without it, the loss's name")
     flag("--out", default="runs", help="the folder of runs")
     flag("--resume", action="store_true", help="go on from the last checkpoint")
+    flag("--eval-data", help="math: measure on this file, not on a held-out tenth of --data")
     flag = groups["the machine; less memory: the first two"]
-    flag("--checkpoint-activations", action="store_true", help="keep a layer's input only, compute "
-         "the rest again: for long answers, a third slower at most")
+    flag("--checkpoint-activations", action="store_true", help="compute a layer's inside again in "
+         "the backward pass: for long answers; up to a third slower")
     flag("--device", help="cuda, cpu or mps; without it, cuda where there is one")
 
     # Which loss it is decides which other flags there are.
@@ -971,14 +971,13 @@ def parse(argv):
     loss_group.title = f"options of --loss {known.loss}, explained in losses.{known.loss}"
     for name, default in options.items():
         if type(default) not in (bool, int, float, str, tuple, type(None)):
-            raise UserError(f"losses.{known.loss}: no flag can give what the default of {name} is, "
+            raise UserError(f"losses.{known.loss}: no flag can stand for the default of {name}, "
                             f"a {type(default).__name__}.")
+        spelled = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
         budget = name == "max_len"                     # dr_grpo's: known once the task is
-        loss_group.add_argument(
-            f"--{name}", f"--{name.replace('_', '-')}", dest=name,
-            type=functools.partial(option, known.loss, name, default),
-            default=None if budget else default,
-            help="without it, --max-new-tokens" if budget else type(default).__name__)
+        loss_group.add_argument(*spelled, dest=name, default=None if budget else default,
+                                type=functools.partial(option, known.loss, default),
+                                help="without it, --max-new-tokens" if budget else "see there")
     parser.add_argument("-h", "--help", action="help", help="show this; with --loss, its options")
     args, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -993,20 +992,15 @@ def parse(argv):
 
 
 def check(args):
-    """Contradictions and impossible values, told before anything is written."""
+    """Contradictions between flags, told before anything is written."""
     def need(ok, message):
         if not ok:
             raise UserError(message)
 
-    more = ("warm-steps", 0, 0 if args.model else 1, ""), ("warm-lr", 0.0, None, "")
-    for name, default, least, _ in (*more, *(x for flags in NUMBERS.values() for x in flags)):
-        value = getattr(args, name.replace("-", "_"))
-        need(value >= least if least is not None else 0 < value < math.inf,
-             f"--{name} must be " + (f"at least {least}." if least is not None else "above 0."))
     need(args.model or args.task == "countdown" and args.prompt in (None, "bare"),
          "the tiny policy knows digits and operators only: --task math and --prompt other than "
          "bare need --model.")
-    need(args.seed < 2 ** 63, "--seed must be below 2**63.")
+    need(args.model or args.warm_steps, "--warm-steps 0 needs --model.")
     need(args.name != "base" and (args.name != args.base or not args.warm_steps),
          "--name and --base must differ, and no run is called base: it is kept apart.")
     need(args.task == "math" or args.eval_data is None, "--eval-data belongs to --task math.")
