@@ -227,8 +227,9 @@ def most_changed(task, problems, before, after, name):
         old, new = before[i]["correct"], after[i]["correct"]
         return sum(abs(old.get(form, 0) - new.get(form, 0)) for form in old | new)
 
-    at = max(range(len(before)), key=change)
-    lines = [f"{' '.join(task.prompt(problems[at]).split())[:80]} has changed most:"]
+    several = [i for i, one in enumerate(before) if len(one["correct"]) > 1]
+    at = max(several or range(len(before)), key=change)
+    lines = [f"{' '.join(task.prompt(problems[at]).split())[:70]} has changed most; correct are"]
     for model, one in (("base", before[at]), (name, after[at])):
         said = [f"{form} {100 * n / one['n']:.0f} %" for form, n in one["correct"].items()]
         lines.append(f"  {model}: " + (", ".join(said[:4]) or "never correct")
@@ -477,7 +478,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
     """The standard help, without the defaults that say nothing: None and False."""
 
     def _get_help_string(self, action):
-        plain = action.default in (None, False, [])
+        plain = str(action.default) in ("None", "False", "[]")
         return action.help if plain else super()._get_help_string(action)
 
 
