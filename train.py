@@ -624,6 +624,8 @@ def make_base(base, args, device, dtype):
     """Warm-start a policy and save it as the folder `base`, whole or not at all."""
     if world() > 1:
         raise UserError(f"'{base}' is not there yet: make it once without torchrun.")
+    if base.exists() and any(base.iterdir()):
+        raise UserError(f"'{base}' is not empty and holds no base: name another with --base.")
     policy, tokenizer = (policy_module.load(args.model, device, dtype, args.stop) if args.model
                          else policy_module.tiny(seed=args.seed))
     fill_task_flags(args, tokenizer)
@@ -642,9 +644,10 @@ def make_base(base, args, device, dtype):
     write_json(aside / "flags.json", {key: getattr(args, key) for key in
                                       ("model", *SETTING, "warm_steps", "seed")})
     policy_module.save(policy, tokenizer, aside / "model")
-    if not base.exists():
+    try:
         aside.rename(base)
-    shutil.rmtree(aside, ignore_errors=True)
+    except OSError:                                    # the other one was here first
+        shutil.rmtree(aside)
 
 
 def make_tasks(this, policy, args):
