@@ -347,16 +347,16 @@ def score_all(policy, rollout, args):
 
 # ---------------------------------------------------------------------------------- the warm start
 
-def warm_start(policy, tokenizer, task, steps, prompts=128, lr=1e-2, seed=0, say=print,
-               make_optimizer=Muon):
+def warm_start(policy, tokenizer, task, steps, optimizer, prompts=128, seed=0, say=print):
     """Learn to answer at all, in place: cross-entropy on answers that are correct by construction.
 
     A step has `prompts` problems with two answers each, so that a prompt is read once for two. A
     problem comes with one answer, and shares those of earlier ones with its numbers and target.
+    The rate rises to the optimizer's own in 20 steps, and falls to 0.
     """
     rng, began, G = random.Random(seed), time.time(), 2
     known = {}                                         # numbers and target -> answers, as they come
-    optimizer = make_optimizer(policy, lr)
+    lr = optimizer.param_groups[0]["lr"]
     rewards = torch.ones(prompts * G, device=policy.device)
     for step in tqdm(range(1, steps + 1), desc="warm start", disable=not sys.stderr.isatty()):
         fresh = []                                     # as many as there are rows, for variety
@@ -626,23 +626,24 @@ def make_base(base, args, device, dtype):
         raise UserError(f"'{base}' is not there yet: make it once without torchrun.")
     if base.exists() and any(base.iterdir()):
         raise UserError(f"'{base}' is not empty and holds no base: name another with --base.")
-    policy, tokenizer = (policy_module.load(args.model, device, dtype, args.stop) if args.model
-                         else policy_module.tiny(seed=args.seed))
+    if args.model:
+        policy, tokenizer = policy_module.load(args.model, device, dtype, args.stop)
+        prompts, optimizer = 16, make_optimizer(policy, args.warm_lr)
+    else:
+        policy, tokenizer = policy_module.tiny(seed=args.seed)
+        prompts, optimizer = 128, Muon(policy.to(device), args.warm_lr)
     fill_task_flags(args, tokenizer)
-    if args.task != "countdown" or args.prompt == "think":
-        raise UserError("--warm-steps needs answers to imitate: --task countdown with --prompt "
-                        "bare or ask has some.")
     task = make_task(args)
-    task.problem(random.Random(0))                     # an impossible task is told before writing
-    # Muon is for the tiny policy: it would undo what a pretrained one knows.
-    gently = {"prompts": 16, "lr": args.warm_lr, "make_optimizer": make_optimizer}
-    warm_start(policy.to(device), tokenizer, task, args.warm_steps, seed=args.seed, say=say,
-               **gently if args.model else {})
+    # An impossible task is told before anything is written; so is one that teaches wrong answers.
+    if not task.reward(*task.example(random.Random(0))):
+        raise UserError(f"--warm-steps imitates bare expressions, which are no answers to --prompt "
+                        f"{args.prompt}: choose bare or ask, or --warm-steps 0.")
+    warm_start(policy, tokenizer, task, args.warm_steps, optimizer, prompts, args.seed, say)
     # Aside first: a killed warm start leaves no half a base, and of two runs that make the same
     # base at the same time the first to end has it.
     aside = base.with_name(f"{base.name}.{os.getpid()}.tmp")
     write_json(aside / "flags.json", {key: getattr(args, key) for key in
-                                      ("model", *SETTING, "warm_steps", "seed")})
+                                      ("model", *SETTING, "warm_steps", "warm_lr", "seed")})
     policy_module.save(policy, tokenizer, aside / "model")
     try:
         aside.rename(base)
@@ -894,24 +895,23 @@ def option(loss, default, text):
     raise argparse.ArgumentTypeError(f"losses.{loss} takes a {kind.__name__}, not '{text}'")
 
 
-def number(default, least, text):
-    """What stands behind a flag, as a number of its default's kind; least None: above 0."""
+def number(least, text):
+    """What stands behind a flag: a whole number, or where least is None one above 0."""
     try:
-        value = type(default)(text)
+        value = float(text) if least is None else int(text)
     except ValueError:
         value = math.nan
     if not (0 < value < math.inf if least is None else least <= value < 2 ** 63):
-        kind = "a whole number" if isinstance(default, int) else "a number"
-        wanted = "above 0" if least is None else f"of at least {least}"
-        raise argparse.ArgumentTypeError(f"must be {kind} {wanted}, not '{text}'")
+        wanted = "a number above 0" if least is None else f"a whole number of at least {least}"
+        raise argparse.ArgumentTypeError(f"must be {wanted}, not '{text}'")
     return value
 
 
-# Group -> flags: name, default, least value (None: above 0), help.
+# Group -> flags: name, default, least value of a whole number (None: any above 0), help.
 NUMBERS = {
     "the warm start": (
         ("warm-steps", None, 0, "of cross-entropy on correct answers; 500, or 0 with --model"),
-        ("warm-lr", 2e-4, None, "their largest learning rate with --model")),
+        ("warm-lr", None, None, "their largest rate; 1e-2 (Muon), or 2e-4 (AdamW) with --model")),
     "one step": (
         ("prompts", 32, 1, "problems per step"),
         ("group-size", 16, 2, "answers per problem (G): each is compared with the others"),
@@ -951,7 +951,7 @@ def parse(argv):
     groups = {title: parser.add_argument_group(title).add_argument for title in NUMBERS}
     for title, flags in NUMBERS.items():
         for name, default, least, meaning in flags:
-            groups[title](f"--{name}", type=functools.partial(number, default or 0, least),
+            groups[title](f"--{name}", type=functools.partial(number, least),
                           default=default, help=meaning)
     groups["how far and how fast"]("--schedule", choices=["linear", "constant"], default="linear",
                                    help="then it falls to 0 at --steps, or stays")
@@ -990,6 +990,8 @@ def parse(argv):
     args.name = args.name or args.loss
     if args.warm_steps is None:
         args.warm_steps = 0 if args.model else 500
+    if args.warm_lr is None:
+        args.warm_lr = 2e-4 if args.model else 1e-2
     check(args)
     return args
 
@@ -1004,6 +1006,8 @@ def check(args):
          "the tiny policy knows digits and operators only: --task math and --prompt other than "
          "bare need --model.")
     need(args.model or args.warm_steps, "--warm-steps 0 needs --model.")
+    need(args.task == "countdown" or not args.warm_steps, "--warm-steps imitates answers that are "
+         "correct by construction; --task math has none.")
     need(args.name != "base" and (args.name != args.base or not args.warm_steps),
          "--name and --base must differ, and no run is called base: it is kept apart.")
     need(args.task == "math" or args.eval_data is None, "--eval-data belongs to --task math.")
