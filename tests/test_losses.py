@@ -520,6 +520,7 @@ def check_batch(what, name, batch, expected, expected_gradient=None, atol=1e-7, 
     guess = same_loss & same_gradient or same_gradient or same_loss
     if right_gradient:                                 # only the value is wrong
         guess = same_loss
+    guess = [bug for bug in made if bug in guess]      # in the order of the list
     check(f"{what}: loss", loss, expected, atol, rtol, dict.fromkeys(guess, loss))
     check(f"{what}: gradient, token by token", gradient, expected_gradient,
           bugs=dict.fromkeys(guess, gradient))
