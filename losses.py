@@ -490,7 +490,7 @@ def _by_number_correct(batch, values):
 
 
 def _check_k(k, group_size):
-    if not 1 <= k <= group_size:
+    if not 1 <= k <= group_size or k % 1:
         raise UserError(f"k = {k} must be between 1 and the group size {group_size}.")
 
 

@@ -890,8 +890,10 @@ def option(loss, default, text):
         value = text
     if kind is str:
         return text
+    if kind is float and type(value) is int:
+        return float(value)
     if default is None or type(value) is kind or {kind, type(value)} <= {int, float}:
-        return float(value) if kind is float else value
+        return int(value) if kind is int and value % 1 == 0 else value
     raise argparse.ArgumentTypeError(f"losses.{loss} takes a {kind.__name__}, not '{text}'")
 
 
