@@ -44,10 +44,6 @@ MAX_DEPTH = 30  # nested parentheses, so that the recursive parser cannot overfl
 MAX_TRIES = 100_000  # draws before a setting is called impossible
 
 
-class UserError(ValueError):
-    pass
-
-
 class Problem(NamedTuple):
     numbers: tuple[int, ...]  # in the order that the prompt shows
     target: int
@@ -178,7 +174,6 @@ class Countdown:
     the share of all problems that is kept for evaluation and never trained on.
     """
 
-    several_answers = True
     system = "You are a careful assistant who solves arithmetic puzzles."
 
     def __init__(self, counts=(4,), high=9, targets=(1, 60), style="bare", held_out=0.1, path=None):
@@ -223,7 +218,7 @@ class Countdown:
             problem = Problem(tuple(numbers), numerator // denominator)
             if low <= problem.target <= top and self.is_held_out(problem) == held_out:
                 return problem, render(tree)
-        raise UserError(f"No such problem in {MAX_TRIES} draws: widen targets={self.targets}.")
+        raise ValueError(f"No such problem in {MAX_TRIES} draws: widen targets={self.targets}.")
 
     def problem(self, rng, held_out=False):
         if self.problems:
@@ -242,7 +237,7 @@ class Countdown:
             repeats = repeats + 1 if key in problems else 0
             problems.setdefault(key, problem)
         if len(problems) < n:
-            raise UserError(
+            raise ValueError(
                 f"Only {len(problems)} held-out problems found, not {n}: ask for fewer.")
         return list(problems.values())
 
@@ -566,7 +561,6 @@ class Math:
     """Questions from a file, split like Countdown; held_out=1.0 keeps all for evaluation.
     verifier: "ours", which is `math_reward`, or "math-verify", which is the package."""
 
-    several_answers = False
     style = "boxed"
     system = "Please reason step by step, and put your final answer within \\boxed{}."
 
@@ -642,11 +636,11 @@ class Problems:
             raise ValueError(f"The split leaves no {kind} of {self.path}.")
         return rng.choice(problems)
 
-    def leave_out(self, too_long):
+    def leave_out(self, tokens_of, room):
+        """Drop problems whose prompt, of tokens_of(problem) tokens, exceeds room -> how many."""
         before = len(self.train) + len(self.held_out)
-        for name in ("train", "held_out"):
-            kept = getattr(self, name)
-            setattr(self, name, [x for x, long in zip(kept, too_long(kept)) if not long])
+        self.train = [problem for problem in self.train if tokens_of(problem) <= room]
+        self.held_out = [problem for problem in self.held_out if tokens_of(problem) <= room]
         return before - len(self.train) - len(self.held_out)
 
 
