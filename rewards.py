@@ -430,14 +430,13 @@ UNIT = TEXT + (
     r"\{(?!(?i: ?[ap]\.? ?m\b| ?(?![mgshl]\b)[a-z] ?\}|[^{}]*\b(?:and|or|to|than|if|for|except|is"
     r"|are|not?|none|more|less|fewer|greater|most|least|positive|negative|even|odd|north|south|east"
     r"|west|left|right|up|down|above|below|before|after|ago|bce?|ad|r|plus|minus|times|by|over"
-    r"|[a-z]*divided|multiplied|added|subtracted|increased|decreased|reduced|raised|squared|cubed"
-    r"|power|root|mod(?:ulo)?|base|binary|octal|hex[a-z]*|decimal|remainder|factorial|repeat[a-z]*"
-    r"|recurring|periodic|double[ds]?|tripled?|twice|thrice|halved|half|halves|quarters?|pairs?"
-    r"|couples?|dozens?|scores?|gross|myriads?|lakhs?|crores?|hundreds?|thousands?|[a-z]*illions?"
-    r"|per ?mille?|basis|pp[mb]|bps|one|two|three|four|five|six|seven|eight|nine|tens?|eleven"
-    r"|twelve|[a-z]*teen|(?:twen|thir|for|fif|six|seven|eigh|nine)ty|st|nd|rd|th|thirds?|(?:four"
-    r"|fif|six|seven|eigh|nin|ten|eleven|twelf|[a-z]*teen|[a-z]*tie|hundred|[a-z]*thousand"
-    r"|[a-z]*illion)ths?)\b))[a-zA-Z .'/-]*(?:\^\{?[23]\}?)?\}")
+    r"|divided|multiplied|added|subtracted|increased|decreased|reduced|raised|squared|cubed|power"
+    r"|root|mod(?:ulo)?|base|binary|decimal|remainder|factorial|repeat[a-z]*|recurring|periodic"
+    r"|doubled?|tripled?|twice|halved|half|halves|quarters?|pairs?|couples?|dozens?|scores?|gross"
+    r"|lakhs?|crores?|hundreds?|thousands?|[a-z]*illions?|per ?mille?|basis|pp[mb]|one|two|three"
+    r"|four|five|six|seven|eight|nine|tens?|eleven|twelve|[a-z]*teen|(?:twen|thir|for|fif|six"
+    r"|seven|eigh|nine)ty|st|nd|rd|th|thirds?|[a-z]*(?:four|fif|six|seven|eigh|nin|ten|leven|twelf"
+    r"|teen|tie|hundred|thousand|illion)ths?)\b))[a-zA-Z .'/-]*(?:\^\{?[23]\}?)?\}")
 PLAIN_UNIT = (
     r"(?:(?:square|cubic|sq\.?) ?)?(?:cm|mm|km|kg|inch(?:es)?|feet|miles|meters|units?|degrees"
     r"|dollars|cents|years|days|hours|minutes|seconds|percent|pct)")
@@ -471,8 +470,7 @@ REWRITES = [(re.compile(pattern, re.ASCII), by) for pattern, by in [
      r"\\end\{(?:matrix|array)\} ?[)\]]", r"\\begin{pmatrix}\1\\end{pmatrix}"),
     (r"\^ ?\(([^()]*)\)", r"^{\1}"),
     (rf"(?<![\w.\\^}}])(?P<number>{NUMBER})(?:[eE]|{TEXT}\{{[eE]\}})"
-     r"(?P<exponent>[-+]?\d{1,3})(?![\w.])",
-     power_of_ten),                                    # but 2e - 3, with blanks, is Euler's number
+     r"(?P<exponent>[-+]?\d{1,3})(?![\w.])", power_of_ten),    # in 2e - 3 it is Euler's number
     # units, at the end and after a number
     (rf"(?:(?<=[\d}})\]])|(?<=\\pi)) ?(?:{UNIT}|{PLAIN_UNIT})(?:\^\{{?[23]\}}?)?[. ]*$", ""),
     (rf"{TEXT} ?{BRACED}", r" \1 "),
@@ -703,8 +701,8 @@ def unmatched(problems):
         if math_reward(f"\\boxed{{{said}}}", answer) == 0:
             lost.append(answer)
     return lost and [
-        f"{problems.path}: what a model writes could match none of {len(lost)} of the {len(tried)} "
-        f"different reference answers tried, such as {lost[0][:50]!r}."]
+        f"{problems.path}: no answer as models write it would match {len(lost)} of the "
+        f"{len(tried)} different reference answers tried, such as {lost[0][:50]!r}."]
 
 
 # What a row may hold beside its question, and where its question may want the answer.
@@ -744,9 +742,10 @@ def read_math(record, told):
     elif key == "solution" and len(answer) > 40:       # some files keep the bare answer there
         raise ValueError("the solution has no \\boxed{} and no answer beside it")
     told.update(f"have {key}, which the prompt does not show" for key in BESIDE if record.get(key))
-    told["have more turns of a chat, which the prompt does not show"] += len(chat) > 1
+    if len(chat) > 1:
+        told["have a system prompt or more turns, which the prompt does not show"] += 1
     if ELSEWHERE.search(question) and "\\boxed" not in question:
-        told["say where else the answer goes, but only our \\boxed{} is read"] += 1
+        told["ask for another form of answer, but only our \\boxed{} is read"] += 1
     return MathProblem(question, answer.strip())
 
 
@@ -794,8 +793,8 @@ def load_problems(path, read=read_math, say=print):
             refused.append(f"line {number}: {error}")
             continue
         first = problems.setdefault(" ".join(problem.identity.split()), problem)
-        told["repeat a problem, and each is taken once"] += first is not problem
-        told["repeat a problem with another answer: the first counts"] += first[1] != problem[1]
+        told["repeat an earlier problem: each is used once"] += first is not problem
+        told["give an earlier problem another answer: the first is used"] += first[1] != problem[1]
     if not problems:
         raise UserError(f"{path} holds no problems" + (f"; {refused[0]}." if refused else "."))
     if refused:

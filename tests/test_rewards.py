@@ -18,14 +18,14 @@ Bugs that these tests kill; each was put in once and seen to fail:
               memory; a list of sets read for ever; runs of digits split in every way; blanks that
               glue digits; letters, "million", P.M. or "or more" dropped like units; entries of a
               list that come twice made one; decimal commas as thousands; "or" between inequalities
-              as "and"
-              powers of ten not read, or of another exponent; words that change a number dropped as
-              units; Yes and yes apart, a and A not; bold or Unicode characters not read
-  files       a list of one answer kept as text; copies counted as problems; choices, system prompts
-              and other places for the answer dropped without a word; line number from 0 or without
-              blank lines; empty file accepted; "solution" before "answer"; hub file as a local one, of
-              a model repository, without its revision; one bad line refusing the file, or left out without a word; the first turn of a chat
-              asked; 1e16 kept as 1e+16; a reference that nothing matches told to nobody
+              as "and"; powers of ten not read, or as another one; words that change a number
+              dropped as units; Yes and yes apart, a and A not; bold or Unicode characters not read
+  files       line number from 0 or without blank lines; empty file accepted; "solution" before
+              "answer"; hub file as a local one, of a model repository, without its revision; one
+              bad line refusing the file, or left out without a word; the first turn of a chat
+              asked; 1e16 kept as 1e+16; a reference that nothing matches told to nobody; a list of
+              one answer kept as text; copies counted as problems; choices, system prompts and
+              other forms of answer dropped without a word
   task        a file's Countdown problems trained and measured on alike, or made up after all;
               long prompts kept in one of the lists; a grader that hangs, raises or is not there
 """
@@ -870,8 +870,8 @@ UNEQUAL = [
     ("4.5 \\times 10^{32}", "4.5e33"), ("3\\times10^{-8}", "3e8"), ("10^{x}", "10"),
     ("10^4!", "10000"),
     ("2e - 3", "0.002"), ("3e", "3"), ("1/3\\times10^8", "\\frac{1}{300000000}"),
-    ("x10^4", "10000"), ("10^{2^2}", "100"), ("10^{1/2}", "10"), ("10_4", "10000"), ("210^2", "2100"),
-    ("3e8", "38"),
+    ("x10^4", "10000"), ("10^{2^2}", "100"), ("10^{1/2}", "10"), ("10_4", "10000"),
+    ("210^2", "2100"), ("3e8", "38"),
     ("2 10^4", "20000"), ("10^4", "10^{-4}"), ("1e9999", "1"),
     # words
     ("\\text{no}", "Yes"), ("\\text{true}", "No"), ("True", "yes"), ("b", "B"), ("x", "X"),
@@ -887,8 +887,8 @@ CHANGED = (  # words that change the number before them, so that they are no uni
     "fifths;sixth;sevenths;ninths;tenths;hundredths;thousandths;millionths;twentieths;sixteenths;"
     "ten-thousandths;hundred;millions;lakh;crores;score;pairs;dozen;gross;couple;repeating;"
     "recurring;divided by ten;multiplied by ten;times ten;squared;cubed;doubled;and a half;half;"
-    "quarters;plus one;minus 2;mod 5;base ten;factorial;over two;negative;twenty;nineteen;seven;per mille;"
-    "ppm;to the power of ten;th;nd;root two;less;more;percent less").split(";")
+    "quarters;plus one;minus 2;mod 5;base ten;factorial;over two;negative;twenty;nineteen;seven;"
+    "per mille;ppm;to the power of ten;th;nd;root two;less;more;percent less").split(";")
 UNEQUAL += [(f"7 \\text{{ {word}}}", "7") for word in CHANGED]
 CAP = rewards.MAX_ANSWER
 # (why, whole text, reference, expected)
@@ -954,6 +954,25 @@ def test_rationals_agree_with_fractions():
         for one, two in itertools.product(spellings(p), spellings(q)):
             got = math_reward(f"\\boxed{{{one}}}", two)
             assert got == (p == q), f"{one} against {two} scored {got}"
+
+
+def test_powers_of_ten_agree_with_fractions():
+    rng, equal = random.Random(11), 0
+    for _ in range(1500):
+        said = []
+        for _ in range(2):
+            digits, exponent = rng.choice(["1", "2", "2.5", "0.25", "25"]), rng.randint(-4, 4)
+            way = rng.choice(["{} \\times 10^{{{}}}", "{}\\cdot 10^{{{}}}", "{}e{}", "{}E{:+d}",
+                              "{}*10**{}", "{} × 10^{{{}}}", "{} \\times 10^{}"])
+            value = Fraction(digits) * Fraction(10) ** exponent
+            written = way.format(digits, exponent)
+            plain = rng.random() < 0.2 and 10**6 % value.denominator == 0
+            said.append((value, f"{float(value):.8f}" if plain else written))
+        (one, a), (two, b) = said
+        got = math_reward(f"\\boxed{{{a}}}", b)
+        assert got == (one == two), f"{a} against {b} must score {one == two:.0f}, scored {got}"
+        equal += one == two
+    assert equal > 100, "one-sided test"
 
 
 def spellings(value, rng):
@@ -1131,13 +1150,13 @@ def test_a_problem_that_comes_many_times_is_taken_once(tmp_path):
     held_out = task.held_out_problems()
     assert len(held_out) == 31 and held_out[4].answer == "4", "each once, with its first answer"
     assert [note.partition(": ")[2] for note in task.notes] == [
-        "452 of 483 lines repeat a problem, and each is taken once.",
-        "1 of 483 lines repeat a problem with another answer: the first counts."]
+        "452 of 483 lines repeat an earlier problem: each is used once.",
+        "1 of 483 lines give an earlier problem another answer: the first is used."]
     twice = [{"target": 24, "nums": [4, 7, 2, 9]}, {"target": 24, "nums": [9, 2, 7, 4]},
              {"target": 25, "nums": [4, 7, 2, 9]}]
     task = Countdown(path=write(tmp_path, *twice), held_out=1.0)
     assert task.held_out_problems(9) == [((4, 7, 2, 9), 24), ((4, 7, 2, 9), 25)]
-    assert "1 of 3 lines repeat a problem, and each is taken once." in task.notes[0]
+    assert "1 of 3 lines repeat an earlier problem: each is used once." in task.notes[0]
 
 
 CHAT = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]
@@ -1146,16 +1165,16 @@ CHAT = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]
 @pytest.mark.parametrize("beside, told", [
     ({"choices": ["1", "2"]}, "have choices"), ({"options": {"A": "1"}}, "have options"),
     ({"context": "c"}, "have context"), ({"images": ["x.png"]}, "have images"),
-    ({"system": "s"}, "have system"), ({"problem": CHAT}, "have more turns"),
-    ({"problem": CHAT[1:] + [{"role": "assistant", "content": "Let me see"}]}, "have more turns"),
-    ({"problem": "Sum? End with '#### SUM'."}, "say where else"),
-    ({"problem": "Solve. The last line should be Answer: $Answer"}, "say where else"),
-    ({"problem": 'Remember to put your answer on its own line after "Answer:".'}, "say where else"),
-    ({"problem": "Sum? Put it in <answer> </answer> tags."}, "say where else"),
-    ({"problem": "Sum? Write it as [[SUM]]."}, "say where else"),
-    ({"problem": "Sum? **Final Answer**: SUM"}, "say where else"),
-    ({"problem": 'Sum? Finish with "The answer is: SUM".'}, "say where else"),
-    ({"problem": "Sum? Reply in JSON."}, "say where else"),
+    ({"system": "s"}, "have system"), ({"problem": CHAT}, "have a system"),
+    ({"problem": CHAT[1:] + [{"role": "assistant", "content": "Let me see"}]}, "have a system"),
+    ({"problem": "Sum? End with '#### SUM'."}, "ask for"),
+    ({"problem": "Solve. The last line should be Answer: $Answer"}, "ask for"),
+    ({"problem": 'Remember to put your answer on its own line after "Answer:".'}, "ask for"),
+    ({"problem": "Sum? Put it in <answer> </answer> tags."}, "ask for"),
+    ({"problem": "Sum? Write it as [[SUM]]."}, "ask for"),
+    ({"problem": "Sum? **Final Answer**: SUM"}, "ask for"),
+    ({"problem": 'Sum? Finish with "The answer is: SUM".'}, "ask for"),
+    ({"problem": "Sum? Reply in JSON."}, "ask for"),
     ({}, ""), ({"choices": [], "context": None, "images": ""}, ""), ({"problem": CHAT[1:]}, ""),
     ({"problem": "Find the sum. Express your answer as a common fraction, \\[x = 1.\\]"}, ""),
     ({"problem": "Sum? Put the final answer within \\boxed{}."}, ""),
@@ -1299,10 +1318,10 @@ def test_references_that_no_answer_can_match_are_told(tmp_path):
         assert notes == [], f"{answer!r} is read: {notes}"
     for answer in UNREAD:
         notes = Math(write(tmp_path, {"problem": "q", "answer": answer})).notes
-        assert len(notes) == 1 and "match none of 1 of the 1 " in notes[0], f"{answer!r}: {notes}"
+        assert len(notes) == 1 and "would match 1 of the 1 " in notes[0], f"{answer!r}: {notes}"
     lines = [{"problem": f"q{n}", "answer": answer} for n, answer in enumerate(READ + UNREAD * 2)]
     [note] = Math(write(tmp_path, *lines)).notes
-    assert f"none of {len(UNREAD)} of the {len(READ + UNREAD)} different" in note
+    assert f"match {len(UNREAD)} of the {len(READ + UNREAD)} different" in note
 
 
 def test_the_check_of_references_is_bounded(tmp_path, monkeypatch):
@@ -1311,7 +1330,7 @@ def test_the_check_of_references_is_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr(rewards, "math_reward", lambda *texts: asked.append(texts) or 0.0)
     lines = [{"problem": f"q{n}", "answer": str(n // 2)} for n in range(6000)]
     [note] = Math(write(tmp_path, *lines)).notes
-    assert len(asked) == 2000 and "none of 2000 of the 2000 different" in note
+    assert len(asked) == 2000 and "match 2000 of the 2000 different" in note
 
 
 COUNTDOWN_LINES = [{"target": 24, "nums": [4, 7, 2, n]} for n in range(1, 100)]
