@@ -79,10 +79,9 @@ def answer_of(text, style):
 def parse(text):
     """The node of an expression, or None: parse("2*(1+3)") is (8, 1, ("*", 2, ("+", 1, 3))).
 
-    ASCII digits, + - * / ( ), and between them any number of spaces, tabs and line ends. Refused
-    is all that the grammar has no rule for, such as signs ("-1+2"), "**", "//", "1 2", "07",
-    "1+2=3" and other characters; and, in here, more than MAX_ANSWER characters or MAX_DEPTH nested
-    parentheses. Division by zero parses: the denominator is 0.
+    Allowed: ASCII digits, + - * / ( ), and any number of spaces, tabs and line ends between them.
+    None for all else: signs ("-1+2"), "**", "//", "1 2", "07", "1+2=3", any other character, more
+    than MAX_ANSWER characters or MAX_DEPTH nested parentheses. 5/0 parses: its denominator is 0.
 
         sum     = product (("+" | "-") product)*
         product = atom (("*" | "/") atom)*
