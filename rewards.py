@@ -17,41 +17,31 @@ One Countdown problem, worked:
     0.0
     >>> task.canonical("2*(9+7-4)") == task.canonical("(7-(4-9))*2")
     True
-    >>> len(task.solutions(x))                         # A(x) of Eq. (2)
+    >>> len(task.solutions(x))                         # A(x) of Eq. (2), the solution multiplicity
     2
 
-Eq. (2) of the paper, the solution multiplicity of a task, is the mean of that last number.
-The paper's own setting is `Countdown(counts=(3, 4), high=99, targets=(10, 100), style="think")`;
-`Countdown(path="problems.jsonl")` takes its problems from a file.
-
-Rewards are the target of optimisation, so a verifier is read by the one reader who looks for its
-holes. Ours never executes the text, never raises on any string, refuses what it cannot parse, and
-looks at no more than a few hundred characters of an answer.
+The reward is what training optimises, so a policy finds every hole of a verifier. Ours never runs
+the text, never raises on any string, and looks at no more than a few hundred characters of it.
 """
-
 import hashlib
 import itertools
 import json
 import random
 import re
+from collections import Counter
 from decimal import Decimal
 from fractions import Fraction
-from pathlib import Path
 from typing import NamedTuple
+from unicodedata import normalize
 
-MAX_ANSWER = 400  # characters; a longer answer is refused before anything reads it
-MAX_DEPTH = 30  # nested parentheses, so that the recursive parser cannot overflow the stack
-MAX_TRIES = 100_000  # draws before a setting is called impossible
-
-
-class Problem(NamedTuple):
-    numbers: tuple[int, ...]  # in the order that the prompt shows
-    target: int
+MAX_ANSWER = 400               # characters; a longer answer is refused before anything reads it
+MAX_DEPTH = 30                 # nested parentheses, so that the parser cannot overflow the stack
 
 
-def countdown_reward(text, numbers, target, style="bare") -> float:
+def countdown_reward(text, numbers, target, style="bare"):
     """1.0 if the answer in text uses each number exactly once and equals target, else 0.0.
 
+    style: where the answer stands, see `answer_of`; an unknown one raises UserError, a ValueError.
     countdown_reward("6/(5/4)", (4, 5, 6), Fraction(24, 5)) is 1.0: no rounding anywhere.
     """
     check_style(style)
@@ -84,13 +74,14 @@ def answer_of(text, style):
 
 
 # Exact arithmetic: a tree is an int or (op, left, right), a node is (numerator, denominator, tree).
-# The verifier, the generator and the solver all compute with `join` and nothing else.
+# The verifier, the generator and the solver all compute with `combine` and nothing else.
 
 def parse(text):
     """The node of an expression, or None: parse("2*(1+3)") is (8, 1, ("*", 2, ("+", 1, 3))).
 
-    ASCII digits, + - * / ( ) and blanks between them. What the grammar has no rule for is refused:
-    signs ("-1+2"), "**", "//", "1 2", "07", "1+2=3", any other character.
+    Allowed: ASCII digits, + - * / ( ), and any number of spaces, tabs and line ends between them.
+    None for all else: signs ("-1+2"), "**", "//", "1 2", "07", "1+2=3", any other character, more
+    than MAX_ANSWER characters or MAX_DEPTH nested parentheses. 5/0 parses: its denominator is 0.
 
         sum     = product (("+" | "-") product)*
         product = atom (("*" | "/") atom)*
@@ -100,12 +91,12 @@ def parse(text):
         return None
     # "07" falls into two numbers and "**" into two operators here, which no rule accepts.
     tokens = re.findall(r"0|[1-9][0-9]*|[-+*/()]", text) + ["end"]
-    tokens.reverse()  # tokens[-1] is the next one, tokens.pop() takes it
+    tokens.reverse()                                   # tokens[-1] is next, tokens.pop() takes it
 
-    def chain(ops, part, depth):  # grouped from the left: 9-4-3 is (9-4)-3
+    def chain(ops, part, depth):                       # grouped from the left: 9-4-3 is (9-4)-3
         node = part(depth)
         while tokens[-1] in ops:
-            node = join(tokens.pop(), node, part(depth))
+            node = combine(tokens.pop(), node, part(depth))
         return node
 
     def sum_(depth):
@@ -129,11 +120,11 @@ def parse(text):
         node = sum_(0)
     except ValueError:
         return None
-    return node if tokens == ["end"] else None  # anything left over: "1 2", "1+2)"
+    return node if tokens == ["end"] else None         # anything left over: "1 2", "1+2)"
 
 
-def join(op, left, right):
-    """The node `left op right` in exact integers: join("/", (1, 1, 1), (2, 1, 2))[:2] is (1, 2).
+def combine(op, left, right):
+    """The node `left op right` in exact integers: combine("/", (1, 1, 1), (2, 1, 2))[:2] is (1, 2).
 
     Fractions are not reduced (a few numbers cannot grow far), which is what makes this fast.
     Division by zero gives 0/0, and every later operation keeps it 0/0.
@@ -145,109 +136,45 @@ def join(op, left, right):
         return a * d - c * b, b * d, (op, x, y)
     if op == "*":
         return a * c, b * d, (op, x, y)
-    if c == 0:  # without this line 1/(1/0) would be 0
+    if c == 0:                                         # without this line 1/(1/0) would be 0
         return 0, 0, (op, x, y)
     return a * d, b * c, (op, x, y)
-
-
-# "bare" is for models trained here, "think" the paper's prompt in our words, "ask" for small chat
-# models. The example in "think" is in letters: one in numbers could be copied and be right.
-STYLES = {
-    "bare": "{spaced},{target}=",
-    "think": (
-        "Use the numbers {listed} to make {target}. You may add, subtract, multiply and divide "
-        "(+ - * /) and use parentheses, and every number must be used exactly once. Reason step "
-        "by step inside <think> </think>, then give only the final expression inside "
-        "<answer> </answer>, like <answer>(a + b) * c</answer> with numbers in place of letters."
-    ),
-    "ask": (
-        "Use each of the numbers {listed} exactly once, with + - * / and parentheses, to make "
-        "{target}. Answer with one arithmetic expression and nothing else."
-    ),
-}
 
 
 class Countdown:
     """Random problems: a count of numbers from counts, each in 1..high, and a target in range.
 
     With path the problems are those of a file, and only `example` still makes its own. held_out is
-    the share of all problems that is kept for evaluation and never trained on.
+    the share of all problems that is kept for evaluation and never trained on. In the paper:
+    Countdown(counts=(3, 4), high=99, targets=(10, 100), style="think").
     """
 
     system = "You are a careful assistant who solves arithmetic puzzles."
+    several_answers = True                             # correct answers of one problem can differ
 
     def __init__(self, counts=(4,), high=9, targets=(1, 60), style="bare", held_out=0.1, path=None):
-        check_style(style)
-        check_share(held_out)
-        if not counts or not all(isinstance(n, int) and 2 <= n <= 5 for n in counts):
-            raise ValueError(f"counts must be integers from 2 to 5, not {counts}.")
-        if not isinstance(high, int) or not 1 <= high <= 10**6:
-            raise ValueError(f"high must be an integer from 1 to 10**6, not {high}.")
-        if len(targets) != 2 or targets[0] > targets[1]:
-            raise ValueError(f"targets must be a pair (lowest, highest), not {targets}.")
+        check_countdown(counts, high, targets, style, held_out)
         self.counts, self.high, self.targets = tuple(counts), high, tuple(targets)
         self.style, self.held_out = style, held_out
-        self.problems, self.notes = None, []  # notes: what the user should hear about the file
-        if path is not None:
-            self.problems = Problems(path, read_countdown, self.is_held_out)
-            self.notes = self.problems.notes + unsolvable(self)
+        self.problems, self.notes = countdown_file(self, path) if path else (None, [])
 
     def example(self, rng, held_out=False):
-        """One problem of the split with one answer: (Problem((4, 7, 2, 9), 24), "2*(9+7-4)").
-
-        Numbers are joined in random pairs with random operators until one expression is left; it
-        is kept if its value is an integer in range. This defines the distribution over problems:
-        a target is as frequent as random expressions hit it.
-        """
-        if self.held_out == (0 if held_out else 1):
-            raise ValueError(f"held_out={self.held_out} leaves no problem in this split.")
-        # The warm start draws 200,000 of these. int(random() * n) is several times faster than
-        # randrange(n) or choice, and its bias, n / 2**53, does not matter here.
-        draw, high, counts, (low, top) = rng.random, self.high, self.counts, self.targets
-        for _ in range(MAX_TRIES):
-            count = counts[int(draw() * len(counts))]
-            numbers = [int(draw() * high) + 1 for _ in range(count)]
-            nodes = [(n, 1, n) for n in numbers]
-            for left in range(count, 1, -1):
-                x = nodes.pop(int(draw() * left))
-                y = nodes.pop(int(draw() * (left - 1)))
-                nodes.append(join("+-*/"[int(draw() * 4)], x, y))
-            numerator, denominator, tree = nodes[0]
-            if denominator == 0 or numerator % denominator:
-                continue
-            problem = Problem(tuple(numbers), numerator // denominator)
-            if low <= problem.target <= top and self.is_held_out(problem) == held_out:
-                return problem, render(tree)
-        raise ValueError(f"No such problem in {MAX_TRIES} draws: widen targets={self.targets}.")
+        """One problem of the split with one answer: (Problem((4, 7, 2, 9), 24), "2*(9+7-4)")."""
+        return draw_example(self, rng, held_out)
 
     def problem(self, rng, held_out=False):
-        if self.problems:
-            return self.problems.draw(rng, held_out)
-        return self.example(rng, held_out)[0]
+        made_up = self.problems is None
+        return self.example(rng, held_out)[0] if made_up else self.problems.draw(rng, held_out)
 
     def held_out_problems(self, n):
-        """The same n distinct held-out problems on every call and every machine;
-        a longer list starts with the shorter one. Of a file at most what it has."""
-        if self.problems:
-            return self.problems.held_out[:n]
-        rng, problems, repeats = random.Random(0), {}, 0
-        while len(problems) < n and repeats < 1000:
-            problem = self.problem(rng, held_out=True)
-            key = tuple(sorted(problem.numbers)), problem.target
-            repeats = repeats + 1 if key in problems else 0
-            problems.setdefault(key, problem)
-        if len(problems) < n:
-            raise ValueError(
-                f"Only {len(problems)} held-out problems found, not {n}: ask for fewer.")
-        return list(problems.values())
+        """The first n of the one list that every call and every machine gets, all distinct."""
+        return self.problems.held_out[:n] if self.problems else distinct_held_out(self, n)
 
     def is_held_out(self, problem):
-        # Sorted: the same numbers in another order are the same problem, hence the same split.
-        return hashed_share(f"{sorted(problem.numbers)} {problem.target}") < self.held_out
+        return share_of(problem.identity) < self.held_out
 
     def prompt(self, problem, style=None):
-        style = style or self.style
-        check_style(style)
+        check_style(style := style or self.style)
         words = [str(n) for n in problem.numbers]
         return STYLES[style].format(
             spaced=" ".join(words), listed=", ".join(words), target=problem.target)
@@ -256,7 +183,7 @@ class Countdown:
         return countdown_reward(text, problem.numbers, problem.target, self.style)
 
     def canonical(self, text):
-        """The canonical form of the answer in text, None when no answer parses."""
+        """One form for all ways to write the answer in text, None when no answer parses."""
         node = parse(answer_of(text, self.style))
         return canonical_form(node[2]) if node else None
 
@@ -266,9 +193,92 @@ class Countdown:
         return sorted({canonical_form(t) for a, b, t in nodes if b and a == problem.target * b})
 
 
-# ----------------------------------- a first reading ends here -----------------------------------
+# ------------ a first reading ends here; below: making and solving problems, math, files, flags
 
-# ---- Solver and canonical form
+class UserError(ValueError):
+    """A sentence for the user, who can mend it: a flag, or a file."""
+
+
+# ---------------------------------------------------------------------- making Countdown problems
+
+MAX_TRIES = 100_000            # draws before a setting is called impossible
+
+# "bare" is for models trained here, "think" the paper's prompt in our words, "ask" for small chat
+# models. The example in "think" is in letters: one in numbers could be copied and be correct.
+STYLES = {
+    "bare": "{spaced},{target}=",
+    "think": "Use the numbers {listed} to make {target}. You may add, subtract, multiply and "
+             "divide (+ - * /) and use parentheses, and every number must be used exactly once. "
+             "Reason step by step inside <think> </think>, then give only the final expression "
+             "inside <answer> </answer>, like <answer>(a + b) * c</answer> with numbers in place "
+             "of letters.",
+    "ask": "Use each of the numbers {listed} exactly once, with + - * / and parentheses, to make "
+           "{target}. Answer with one arithmetic expression and nothing else.",
+}
+
+
+class Problem(NamedTuple):
+    numbers: tuple                                     # of int, in the order that the prompt shows
+    target: int
+    identity = property(lambda self: f"{sorted(self.numbers)} {self.target}")    # in any order
+
+
+def check_style(style):
+    if style not in STYLES:
+        raise UserError(f"Unknown style {style!r}: choose from {', '.join(STYLES)}.")
+
+
+def check_countdown(counts, high, targets, style, held_out):
+    check_style(style)
+    if not counts or not all(isinstance(n, int) and 2 <= n <= 5 for n in counts):
+        raise UserError(f"counts must be integers from 2 to 5, not {counts}.")
+    if not isinstance(high, int) or not 1 <= high <= 10**6:
+        raise UserError(f"high must be an integer from 1 to 10**6, not {high}.")
+    if len(targets) != 2 or targets[0] > targets[1]:
+        raise UserError(f"targets must be a pair (lowest, highest), not {targets}.")
+    if not 0 <= held_out <= 1:
+        raise ValueError(f"held_out is a share between 0 and 1, not {held_out}.")
+
+
+def draw_example(task, rng, held_out):
+    """`Countdown.example`: combine numbers in random pairs with random operators until one
+    expression is left, and keep it if its value is an integer in range. This defines the
+    distribution over problems: a target is as frequent as random expressions hit it."""
+    if task.held_out == (0 if held_out else 1):
+        raise ValueError(f"held_out={task.held_out} leaves no problem in this split.")
+    # The warm start draws 200,000 of these. int(random() * n) is several times faster than
+    # randrange(n) or choice, and its bias, n / 2**53, does not matter here.
+    draw, high, counts, (low, top) = rng.random, task.high, task.counts, task.targets
+    for _ in range(MAX_TRIES):
+        count = counts[int(draw() * len(counts))]
+        numbers = [int(draw() * high) + 1 for _ in range(count)]
+        nodes = [(n, 1, n) for n in numbers]
+        for left in range(count, 1, -1):
+            x = nodes.pop(int(draw() * left))
+            y = nodes.pop(int(draw() * (left - 1)))
+            nodes.append(combine("+-*/"[int(draw() * 4)], x, y))
+        numerator, denominator, tree = nodes[0]
+        if denominator == 0 or numerator % denominator:
+            continue
+        problem = Problem(tuple(numbers), numerator // denominator)
+        if low <= problem.target <= top and task.is_held_out(problem) == held_out:
+            return problem, render(tree)
+    raise UserError(f"No such problem in {MAX_TRIES} draws: widen targets={task.targets}.")
+
+
+def distinct_held_out(task, n):
+    """n made-up held-out problems, no two the same; a longer list starts with the shorter one."""
+    rng, problems, repeats = random.Random(0), {}, 0
+    while len(problems) < n and repeats < 1000:
+        problem = task.problem(rng, held_out=True)
+        repeats = repeats + 1 if problem.identity in problems else 0
+        problems.setdefault(problem.identity, problem)
+    if len(problems) < n:
+        raise UserError(f"Only {len(problems)} held-out problems found, not {n}: ask for fewer.")
+    return list(problems.values())
+
+
+# ---------------------------------------------------------------- the solver and the canonical form
 
 # Where parentheses stay: the operators that a left or right operand may not have unwrapped.
 WRAP_LEFT = {"+": "", "-": "", "*": "+-", "/": "+-"}
@@ -284,17 +294,6 @@ def render(tree, wrap=""):
     return f"({text})" if op in wrap else text
 
 
-def flatten(tree, ops, inverse=False):
-    """The operands of nested sums (ops "+-") or products (ops "*/"), each with its sign.
-
-    flatten(("-", 1, ("-", 2, 3)), "+-") is [(False, 1), (True, 2), (False, 3)]: 1 - 2 + 3.
-    """
-    if isinstance(tree, int) or tree[0] not in ops:
-        return [(inverse, tree)]
-    op, left, right = tree
-    return flatten(left, ops, inverse) + flatten(right, ops, inverse != (op == ops[1]))
-
-
 def canonical_form(tree):
     """One text for all trees that are equal up to commutativity and associativity.
 
@@ -305,11 +304,16 @@ def canonical_form(tree):
     if isinstance(tree, int):
         return str(tree)
     ops = "+-" if tree[0] in "+-" else "*/"
-    parts = []
-    for inverse, part in flatten(tree, ops):
-        text = canonical_form(part)
-        wrap = ops == "*/" and not isinstance(part, int)  # a sum inside a product
-        parts.append((inverse, f"({text})" if wrap else text))
+    parts, nested = [], [(False, tree)]                # operands, each with whether it is inverse
+    while nested:
+        inverse, part = nested.pop()
+        if isinstance(part, int) or part[0] not in ops:
+            text = canonical_form(part)
+            wrap = ops == "*/" and not isinstance(part, int)    # a sum inside a product
+            parts.append((inverse, f"({text})" if wrap else text))
+        else:
+            op, left, right = part
+            nested += [(inverse, left), (inverse != (op == ops[1]), right)]
     # Plain operands sort before inverse ones, and the leftmost is always plain: no leading sign.
     return "".join(ops[inverse] + text for inverse, text in sorted(parts))[1:]
 
@@ -327,24 +331,15 @@ def all_nodes(numbers):
         right = [n for i, n in enumerate(numbers) if bits >> i & 1]
         left = [n for i, n in enumerate(numbers) if not bits >> i & 1]
         for x, y in itertools.product(all_nodes(left), all_nodes(right)):
-            nodes += [join("+", x, y), join("*", x, y), join("-", x, y), join("-", y, x)]
-            nodes += [join("/", x, y), join("/", y, x)]
+            nodes += [combine("+", x, y), combine("*", x, y)]
+            nodes += [combine("-", x, y), combine("-", y, x)]
+            nodes += [combine("/", x, y), combine("/", y, x)]
     return nodes
 
 
-def unsolvable(task):
-    """[a sentence on how many problems of the task's file have no solution], or [] if all have one.
-    At most 500 of up to four numbers are tried, for a few seconds; five numbers take far longer."""
-    problems = [x for x in task.problems.train + task.problems.held_out if len(x.numbers) <= 4]
-    tried = random.Random(0).sample(problems, min(500, len(problems)))
-    lost = sum(not task.solutions(problem) for problem in tried)
-    note = f"{task.problems.path}: {lost} of {len(tried)} problems tried have no solution."
-    return [note] if lost else []
+# --------------------------------------------------------------------------------------------- math
 
-
-# ---- Math
-
-def math_reward(text, answer) -> float:
+def math_reward(text, answer):
     """1.0 if the last \\boxed{} of text writes the same as answer (plain or boxed), else 0.0.
 
     math_reward("so \\boxed{x=0.5}", "\\frac12") is 1.0. Numbers are compared exactly as fractions
@@ -357,9 +352,25 @@ def math_reward(text, answer) -> float:
         return 0.0
     name, form = normal_form(boxed)
     true_name, true_form = normal_form(reference)
-    if name and true_name and name != true_name:  # x=5 is not y=5, but 5 is either
+    if name and true_name and name != true_name:       # x=5 is not y=5, but 5 is either
         return 0.0
     return float(form == true_form and form != "")
+
+
+def last_boxed(text):
+    """The inside of the last balanced \\boxed{...}, or None: "so \\boxed{\\frac{1}{2}}." gives
+    "\\frac{1}{2}". A box cut off by the end of the text is passed over; a too long one is None."""
+    start = len(text)
+    while (start := text.rfind("\\boxed{", 0, start)) >= 0:
+        inside = text[start + 7:start + 8 + MAX_ANSWER]
+        depth = 1
+        for match in re.finditer(r"\\.|[{}]", inside, re.DOTALL):    # \{ and \} do not count
+            depth += {"{": 1, "}": -1}.get(match[0], 0)
+            if depth == 0:
+                return inside[:match.start()]
+        if len(inside) > MAX_ANSWER:                   # bounds the loop: earlier boxes are longer
+            return None
+    return None
 
 
 # "x=", "f(x)=", "AB=", "x \in" and "(x,y)=" at the start of an answer or of each item of a list.
@@ -379,20 +390,21 @@ def normal_form(text):
     return "", normal_part(text)
 
 
-def last_boxed(text):
-    """The inside of the last balanced \\boxed{...}, or None: "so \\boxed{\\frac{1}{2}}." gives
-    "\\frac{1}{2}". A box cut off by the end of the text is passed over; a too long one is None."""
-    start = len(text)
-    while (start := text.rfind("\\boxed{", 0, start)) >= 0:
-        inside = text[start + 7 : start + 8 + MAX_ANSWER]
-        depth = 1
-        for match in re.finditer(r"\\.|[{}]", inside, re.DOTALL):  # \{ and \} do not count
-            depth += {"{": 1, "}": -1}.get(match[0], 0)
-            if depth == 0:
-                return inside[: match.start()]
-        if len(inside) > MAX_ANSWER:  # also bounds the loop: earlier boxes are longer still
-            return None
-    return None
+# What we compare, and the characters and commands that say the same.
+SAME = {
+    "-": "− – ‐ ‑ －", "*": "× · ⋅ ∙ ∗ \\times \\cdot \\ast", "/": "⁄ ∕ ÷ \\div", "^": "**",
+    "(": "（", ")": "）", ",": "，", "'": "′ ’", "<": "\\lt", "<=": "≤ ⩽ \\le \\leq \\leqslant",
+    ">": "\\gt", ">=": "≥ ⩾ \\ge \\geq \\geqslant", "≠": "\\ne \\neq !=", "\\in": "∈",
+    "\\cap": "∩", "∪": "\\cup", "\\emptyset": "∅ \\varnothing", "\\mathbb{R}": "ℝ", "\\pm": "±",
+    "\\infty": "∞ infinity", "\\circ": "∘", "\\{": "\\lbrace", "\\}": "\\rbrace", "\\frac12": "½",
+    "\\frac13": "⅓", "\\frac23": "⅔", "\\frac14": "¼", "\\frac34": "¾", "\\sqrt": "√ sqrt",
+    "\\frac": "\\dfrac \\tfrac \\cfrac \\sfrac \\nicefrac", "\\pi": "π pi", "\\theta": "θ",
+    "\\alpha": "α", "\\beta": "β", "\\lambda": "λ", "\\phi": "φ", "\\omega": "ω", "\\sin": "sin",
+    "\\cos": "cos", "\\tan": "tan", "\\log": "log", "\\ln": "ln", " ": "\\quad \\qquad",
+    "": "° º \\degree \\left \\right \\displaystyle \\textstyle \\limits \\bf \\rm \\it \\mathbf "
+        "\\boldsymbol \\large \\Large",
+}
+ONE_NAME = {other: one for one, others in SAME.items() for other in others.split()}
 
 
 def digits_alone(match):
@@ -403,15 +415,27 @@ def with_commas(match):
     return re.sub(r"(?: *[,;])? *\b(?:and|or)\b(?: *[,;])? *", ", ", match[0])
 
 
-TEXT = r"\\(?:text(?:rm|bf|it|normal)?|mathrm|mbox)"
-# In \text{} after a number stands a unit, unless it may change what the number says:
-# 3 a.m. is not 3 p.m., 2\mathrm{i} is not 2, 3 million and 3 or more are not 3.
+def power_of_ten(match):
+    """4.5e33 or 4.5*10^{33} as digits alone, exactly."""
+    return format(Decimal(f"{match['number'] or 1}e{match['exponent'].strip('{}')}"), "f")
+
+
+NUMBER = r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
+BRACED = r"\{((?:[^{}]|\{[^{}]*\})*)\}"                # braces in braces, once
+TEXT = r"\\(?:text(?:rm|bf|it|sf|tt|normal)?|mathrm|mbox|emph|operatorname)"
+# In \text{} after a number stands a unit, unless it may change what the number says: 3 a.m. is not
+# 3 p.m., 2\mathrm{i} is not 2, and 3 million, 3 tenths, 3 or more, 3 divided by ten are not 3.
 UNIT = TEXT + (
-    r"\{(?!(?i: ?[ap]\.? ?m\b| ?(?![mgshl]\b)[a-z] ?\}|[^{}]*\b(?:and|or|to|than|if|for|except"
-    r"|is|are|not?|none|more|less|fewer|greater|most|least|plus|minus|positive|negative|squared"
-    r"|cubed|even|odd|over|mod|base|remainder|r|factorial|hundred|thousand|[a-z]*illions?|dozens?"
-    r"|half|halves|thirds?|quarters?|th|times|north|south|east|west|left|right|up|down|above|below"
-    r"|before|after|bce?|ad)\b))[a-zA-Z .'/-]*(?:\^\{?[23]\}?)?\}")
+    r"\{(?!(?i: ?[ap]\.? ?m\b| ?(?![mgshl]\b)[a-z] ?\}|[^{}]*\b(?:and|or|to|than|if|for|except|is"
+    r"|are|not?|none|more|less|fewer|greater|most|least|positive|negative|even|odd|north|south|east"
+    r"|west|left|right|up|down|above|below|before|after|ago|bce?|ad|r|plus|minus|times|by|over"
+    r"|divided|multiplied|added|subtracted|increased|decreased|reduced|raised|squared|cubed|power"
+    r"|root|mod(?:ulo)?|base|binary|decimal|remainder|factorial|repeat[a-z]*|recurring|periodic"
+    r"|doubled?|tripled?|twice|halved|half|halves|quarters?|pairs?|couples?|dozens?|scores?|gross"
+    r"|lakhs?|crores?|hundreds?|thousands?|[a-z]*illions?|per ?mille?|basis|pp[mb]|one|two|three"
+    r"|four|five|six|seven|eight|nine|tens?|eleven|twelve|[a-z]*teen|(?:twen|thir|for|fif|six"
+    r"|seven|eigh|nine)ty|st|nd|rd|th|thirds?|[a-z]*(?:four|fif|six|seven|eigh|nin|ten|leven|twelf"
+    r"|teen|tie|hundred|thousand|illion)ths?)\b))[a-zA-Z .'/-]*(?:\^\{?[23]\}?)?\}")
 PLAIN_UNIT = (
     r"(?:(?:square|cubic|sq\.?) ?)?(?:cm|mm|km|kg|inch(?:es)?|feet|miles|meters|units?|degrees"
     r"|dollars|cents|years|days|hours|minutes|seconds|percent|pct)")
@@ -421,57 +445,65 @@ PLAIN_UNIT = (
 # verifier that is too kind is found by the policy, one that is too strict costs a little signal.
 REWRITES = [(re.compile(pattern, re.ASCII), by) for pattern, by in [
     # typography
-    (r"\s+", " "),
-    (r"[−–]", "-"),
-    (r"\^ ?\{?\\circ\}?|\\degree|°|\\?[$%]", ""),
+    (r"[\s\u00a0\u2000-\u200b\u202f\u205f\u2060\u3000\ufeff]+", " "),
+    (r"^ ?\*\*(.*)\*\* ?$", r"\1"),
+    (rf"\\(?:math(?:bf|it|sf|tt|normal)|boldsymbol|bm|pmb|bold|underline) ?{BRACED}", r"\1"),
+    (r"(?:√|(?<![\\a-zA-Z])sqrt) ?(\d+(?:\.\d+)?)", r"\\sqrt{\1}"),    # but \sqrt23 is \sqrt{2}3
+    (r"(?:√|\\?(?<![a-zA-Z])sqrt) ?\(([^()]*)\)", r"\\sqrt{\1}"),
+    (r"[⁰¹²³⁴-⁹⁺⁻]+", lambda match: f"^{{{normalize('NFKC', match[0])}}}"),
+    (r"(?<![\\a-zA-Z])[a-z]{2,}(?![a-z])|\\[a-zA-Z]+|\*\*|!=|[^\x00-\x7f]",
+     lambda match: ONE_NAME.get(match[0], match[0])),
+    (r"\^ ?\{?\\circ\}?|\\?[$%€£]", ""),
     (r"\. ?$", ""),
-    (r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle)(?![a-zA-Z])", ""),
+    (r"\\(?:[bB]igg?[lrm]?|(?:text)?color\{\w+\})(?![a-zA-Z])", ""),
     # blanks and commas that stand in large numbers only: 1\,234, 1{,}234, 1,\! 234, 1 234
     (r"(?<![\w.^])(?<![^\\],)[1-9]\d{0,2}(?:(?:\{,\}|, ?\\! ?|\\!|\\[, ]|[~ ])\d{3})+"
      r"(?!\d|,\d|(?:\\[, ]|[~ ])*[\d/])", digits_alone),
-    (r"-0,(?=\d)", "-0{,}"),  # a decimal comma: -0,5 is not the list of 0 and 5
+    (r"-0,(?=\d)", "-0{,}"),                           # a decimal comma: -0,5 is not 0 and 5
     (r"(?<!\\)\\[!()\[\]]", ""),
-    (r"(?:(?<!\\)\\(?:[,;:> ]|q?quad(?![a-z]))|[~ ])+", " "),
+    (r"(?:(?<!\\)\\[,;:> ]|[~ ])+", " "),
     # symbols with several names
-    (r"\\[dtc]frac", r"\\frac"),
-    (r"\\leq?(?:slant)?(?![a-z])|≤", "<="),
-    (r"\\geq?(?:slant)?(?![a-z])|≥", ">="),
-    (r"\\lt(?![a-z])", "<"),
-    (r"\\gt(?![a-z])", ">"),
-    (r"\\neq?(?![a-z])|!=", "≠"),
-    (r"\\cup(?![a-z])|(?<=[)\]]) ?U ?(?=[(\[])", "∪"),
-    (r"\\varnothing|∅", r"\\emptyset"),
+    (r"(?<=[)\]]) ?U ?(?=[(\[])", "∪"),
     (r"\\(begin|end)\{bmatrix\}", r"\\\1{pmatrix}"),
     (r"[(\[] ?\\begin\{(?:matrix\}|array\}\{[clr]+\})((?:(?!\\begin|\\end).)*)"
      r"\\end\{(?:matrix|array)\} ?[)\]]", r"\\begin{pmatrix}\1\\end{pmatrix}"),
+    (r"\^ ?\(([^()]*)\)", r"^{\1}"),
+    (rf"(?<![\w.\\^}}])(?P<number>{NUMBER})(?:[eE]|{TEXT}\{{[eE]\}})"
+     r"(?P<exponent>[-+]?\d{1,3})(?![\w.])", power_of_ten),    # in 2e - 3 it is Euler's number
     # units, at the end and after a number
     (rf"(?:(?<=[\d}})\]])|(?<=\\pi)) ?(?:{UNIT}|{PLAIN_UNIT})(?:\^\{{?[23]\}}?)?[. ]*$", ""),
-    (rf"{TEXT}\{{([^{{}}]*)\}}", r" \1 "),
+    (rf"{TEXT} ?{BRACED}", r" \1 "),
     (r"(?i)(?<=\d) *([ap])\.? ?m\b\.?", lambda match: match[1].lower() + "m"),
-    (r"^[^<>≠]*$", with_commas),  # a list; but "x<1 or x>2" is not "x<1 and x>2"
+    (r"^[^<>≠]*$", with_commas),                       # but "x<1 or x>2" is not "x<1 and x>2"
     # blanks: what they mean is read before they go
     (r" +", " "),
-    (r"(?<=\d) (\d+) ?/ ?(\d+)", r"\\frac{\1}{\2}"),  # "1 1/2" is not 11/2
-    (r", ", ";"),  # "100, 200" is a list, "100,200" a number
-    (r"(?<!\d) | (?!\d)", ""),  # "1 2" stays apart: it is not 12
+    (r"(?<=\d) (\d+) ?/ ?(\d+)", r"\\frac{\1}{\2}"),   # "1 1/2" is not 11/2
+    (r", ", ";"),                                      # "100, 200" is a list, "100,200" a number
+    (r"(?<=\d) ?[xX] ?(?=10 ?\^)", "*"),
+    (r"(?<!\d) | (?!\d)", ""),                         # "1 2" stays apart: it is not 12
     # 1,234 where it stands alone, not in (1,234)
     (r"(?:^|(?<=[;=<>∪]))[-+]?[1-9]\d{0,2}(?:,\d{3})+(?=\.\d|[;=<>∪]|\.?$)", digits_alone),
+    # words that are a whole answer: Yes is yes, but the point A is not the length a
+    (r"^((?i:yes|no|true|false|none)|[A-Z][a-z]{3,})[.!]?$", lambda match: match[1].lower()),
     # braces and signs that may be left out
+    (r"\{(\*|(?<=\*\{)10)\}", r"\1"),
+    (rf"^{BRACED}$", r"\1"),
     (r"([_^])\{(\w)\}", r"\1\2"),
-    (r"\\sqrt(\w)", r"\\sqrt{\1}"),
+    (r"(\\sqrt(?:\[\w\])?)(\w)", r"\1{\2}"),
     (r"\\frac(\d|\\pi)", r"\\frac{\1}"),
     (r"\\frac(\{(?:[^{}]|\{[^{}]*\})*\})(\w|\\pi)", r"\\frac\1{\2}"),
     (r"(?:^|(?<=[(\[,;=<>∪]))\+(?=[\d.\\])", ""),
     (r"^\\frac\{-((?:\w|\\sqrt\{\w+\}|\\pi)+)\}", r"-\\frac{\1}"),
-    (r"(?:\\cdot|\\times|\*)(?=[a-zA-Z(]|\\sqrt|\\pi)", ""),
-    (r"\\cdot|\\times", "*"),  # stays before digits and \frac: 2*\frac12 is not 2\frac12
+    # a power of ten, if nothing beside it binds more tightly
+    (rf"(?<![\w.^*/)}}\]!])(?:(?P<number>{NUMBER})\*)?10\^"
+     r"(?P<exponent>[-+]?\d{1,3}|\{[-+]?\d{1,3}\})(?![\d.^!_])", power_of_ten),
+    (r"\*(?=[a-zA-Z(]|\\sqrt|\\pi)", ""),              # stays before digits and \frac
 ]]
-NUMBER = r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"  # no exponents: 1e999999999
 SYMBOLS = r"((?:(?:\\pi|\\sqrt\{\w+\}|[a-zA-Z])(?:\^\w)?)*)"
-TERM = re.compile(  # 0.75, -2\pi, \frac{3}{4}, 1\frac{3}{4}, \frac{3}{4}\pi, \frac{-3\pi}{4}
+TERM = re.compile(             # 0.75, -2\pi, \frac{3}{4}, 1\frac{3}{4}, \frac34\pi, \frac{-3\pi}{4}
     rf"([-+]?)({NUMBER}?)"
     rf"(?:\\frac\{{([-+]?)({NUMBER}?){SYMBOLS}\}}\{{([-+]?{NUMBER})\}})?{SYMBOLS}", re.ASCII)
-QUOTIENT = re.compile(  # 3/4, 3\pi/4, \sqrt{3}/2, x/y
+QUOTIENT = re.compile(         # 3/4, 3\pi/4, \sqrt{3}/2, x/y
     rf"^([-+]?)((?:\d*(?:\\sqrt\{{\w+\}}|\\pi)|\w+)(?:\^\w)?|{NUMBER})"
     rf"/({NUMBER}|[a-zA-Z]|\\pi|\\sqrt\{{\w+\}})$", re.ASCII)
 
@@ -489,7 +521,7 @@ def normal_term(text):
         return text
     value = Fraction(whole or 1)
     if bottom:
-        mixed = whole.isdigit() and not symbols  # 2\frac12x may be a sum or a product
+        mixed = whole.isdigit() and not symbols        # 2\frac12x may be a sum or a product
         if not (top or above) or Fraction(bottom) == 0 or whole and not mixed:
             return text
         value = Fraction(whole or 0) + Fraction(sign_above + (top or "1")) / Fraction(bottom)
@@ -506,7 +538,7 @@ def split_list(text, separators=",;"):
         if not 0 <= depth <= 10:
             return []
         if depth == 0 and match[0] in separators:
-            parts.append(text[start : match.start()])
+            parts.append(text[start:match.start()])
             start = match.end()
     return [] if depth else [*parts, text[start:]]
 
@@ -519,12 +551,12 @@ def normal_part(text):
         return "∪".join(sorted(normal_part(part) for part in sets))
     braces = text[:2] == "\\{" and text[-2:] == "\\}" and split_list(text[2:-2])
     parts = braces or split_list(text)
-    if braces or len(parts) > 1:  # a list without brackets is read as a set, too: "x=1,x=2"
+    if braces or len(parts) > 1:                       # a list without brackets is a set, too
         return "{" + ",".join(sorted(normal_part(part) for part in parts)) + "}"
     inside = split_list(text[1:-1]) if text[:1] in ("(", "[") and text[-1:] in (")", "]") else []
     if len(inside) > 1:
         return text[0] + ",".join(normal_part(part) for part in inside) + text[-1]
-    if inside and text[0] + text[-1] == "()":  # "(5)", "(B)"
+    if inside and text[0] + text[-1] == "()":          # "(5)", "(B)"
         return normal_part(inside[0])
     matrix = re.fullmatch(r"\\begin\{pmatrix\}(.*?)(?:\\\\)?\\end\{pmatrix\}", text)
     if matrix:
@@ -542,7 +574,7 @@ class MathVerify:
         try:
             import math_verify.errors
         except ImportError:
-            raise ValueError("--verifier math-verify needs that package: pip install math-verify.")
+            raise UserError("--verifier math-verify needs that package: pip install math-verify.")
         self.package, self.failed = math_verify, 0
 
     def __call__(self, text, answer):
@@ -550,11 +582,17 @@ class MathVerify:
         try:
             reference = parse(f"\\boxed{{{answer}}}", raise_on_error=True)
             return float(verify(reference, parse(text, raise_on_error=True), raise_on_error=True))
-        except (Exception, self.package.errors.TimeoutException):  # the latter is no Exception
+        except (Exception, self.package.errors.TimeoutException):    # the latter is no Exception
             self.failed += 1
-            if str(self.failed).strip("0") == "1":  # told at 1, 10, 100, ...
+            if str(self.failed).strip("0") == "1":     # told at 1, 10, 100, ...
                 print(f"math-verify failed on {self.failed} answers so far: they count as wrong.")
             return 0.0
+
+
+class MathProblem(NamedTuple):
+    question: str
+    answer: str                                        # LaTeX or plain
+    identity = property(lambda self: self.question)
 
 
 class Math:
@@ -563,20 +601,14 @@ class Math:
 
     style = "boxed"
     system = "Please reason step by step, and put your final answer within \\boxed{}."
+    several_answers = False                            # correct answers are equal by definition
 
     def __init__(self, path, held_out=0.1, verifier="ours"):
-        check_share(held_out)
-        self.held_out, self.judge = held_out, math_reward
-        self.problems = Problems(path, read_math, self.is_held_out)
+        self.verifier = MathVerify() if verifier == "math-verify" else math_reward
+        self.problems = Problems(path, read_math, held_out)
         self.notes = self.problems.notes
-        if verifier == "math-verify":
-            self.judge = MathVerify()
-            return
-        answers = [problem.answer for problem in self.problems.train + self.problems.held_out]
-        lost = [answer for answer in answers if math_reward(f"\\boxed{{{answer}}}", answer) == 0]
-        if lost:
-            self.notes.append(f"{path}: no answer can match {len(lost)} of the {len(answers)} "
-                              f"reference answers, the first of them {lost[0][:50]!r}.")
+        if self.verifier is math_reward:
+            self.notes += unmatched(self.problems)
 
     def problem(self, rng, held_out=False):
         return self.problems.draw(rng, held_out)
@@ -585,16 +617,15 @@ class Math:
         """The first n held-out problems in file order, all of them without n."""
         return self.problems.held_out[:n]
 
-    def is_held_out(self, problem):
-        return hashed_share(problem.question) < self.held_out
-
     def prompt(self, problem):
-        """The question with the paper's sentence."""
+        """The question and the paper's sentence, unless the question asks for a box by itself."""
+        if "\\boxed" in problem.question:
+            return problem.question
         return (f"{problem.question}\n\nLet's think step by step and output the final answer "
                 "within \\boxed{}.")
 
     def reward(self, problem, text):
-        return self.judge(text, problem.answer)
+        return self.verifier(text, problem.answer)
 
     def canonical(self, text):
         """The normal form of the last boxed answer, None when there is none."""
@@ -602,87 +633,136 @@ class Math:
         return normal_form(boxed)[1] or None if boxed else None
 
 
-# ---- Reading of files, and the split
+# ----------------------------------------------------------------------------- problems from files
 
-def hashed_share(text):
+def share_of(text):
     """A number in [0, 1) that depends on the text alone (Python's own hash changes every run)."""
     digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:4], "big") / 2**32
 
 
-def check_style(style):
-    if style not in STYLES:
-        raise ValueError(f"Unknown style {style!r}: choose from {', '.join(STYLES)}.")
-
-
-def check_share(held_out):
-    if not 0 <= held_out <= 1:
-        raise ValueError(f"held_out is a share between 0 and 1, not {held_out}.")
-
-
 class Problems:
     """The problems of a file, split in two lists, `train` and `held_out`, in file order."""
 
-    def __init__(self, path, read, is_held_out):
-        self.path, self.notes = path, []
-        problems = load_problems(path, read, self.notes.append)
-        self.train = [problem for problem in problems if not is_held_out(problem)]
-        self.held_out = [problem for problem in problems if is_held_out(problem)]
+    def __init__(self, path, read, held_out):
+        self.path, self.notes, self.train, self.held_out = path, [], [], []
+        for problem in load_problems(path, read, self.notes.append):
+            split = self.held_out if share_of(problem.identity) < held_out else self.train
+            split.append(problem)
 
     def draw(self, rng, held_out):
         problems = self.held_out if held_out else self.train
         if not problems:
             kind = "held-out problem" if held_out else "problem to train on"
-            raise ValueError(f"The split leaves no {kind} of {self.path}.")
+            raise UserError(f"The split leaves no {kind} of {self.path}.")
         return rng.choice(problems)
 
-    def leave_out(self, tokens_of, room):
-        """Drop problems whose prompt, of tokens_of(problem) tokens, exceeds room -> how many."""
+    def leave_out(self, too_long, at_once=1000):
+        """Drop the problems of which too_long, given a list of problems, says True -> how many."""
         before = len(self.train) + len(self.held_out)
-        self.train = [problem for problem in self.train if tokens_of(problem) <= room]
-        self.held_out = [problem for problem in self.held_out if tokens_of(problem) <= room]
+        for problems in (self.train, self.held_out):
+            starts = range(0, len(problems), at_once)
+            drop = [each for i in starts for each in too_long(problems[i:i + at_once])]
+            problems[:] = [problem for problem, long in zip(problems, drop) if not long]
         return before - len(self.train) - len(self.held_out)
 
 
-class MathProblem(NamedTuple):
-    question: str
-    answer: str  # LaTeX or plain
+def countdown_file(task, path):
+    """The Problems of a Countdown file, and what the user should hear about them. Whether they have
+    a solution is tried on 500 of up to four numbers, for some seconds; five take far longer."""
+    problems = Problems(path, read_countdown, task.held_out)
+    short = [x for x in problems.train + problems.held_out if len(x.numbers) <= 4]
+    tried = random.Random(0).sample(short, min(500, len(short)))
+    lost = sum(not task.solutions(problem) for problem in tried)
+    note = f"{path}: {lost} of {len(tried)} problems tried have no solution."
+    return problems, problems.notes + [note] * (lost > 0)
 
 
-def read_math(record):
+# How a model writes in its box what files write so. Where math_reward does not take the one for the
+# other, no answer will earn a reward.
+BY_A_MODEL = [(re.compile(pattern), by) for pattern, by in [
+    (r"(?i)^.*\b(?:answer|result)\b(?: is)?:? *|^(?:≈|~|\\approx) *", ""),
+    (r"[\"`]|(?<![\w})])'|</?\w+>", ""),
+    (r"(?<=\d)[eE]([-+]?\d+)", r" \\times 10^{\1}"),
+    (r"(?<=\d) +((?!and|or)[a-z]{2,}(?: [a-z]+)*)\.?$", r" \\text{ \1}"),    # 5 apples
+    (r"^.*(?:(?<![\\a-z])[a-z]{2,}\b[^a-z]+){5}.*$", ""),    # a sentence has no second writer
+]]
+
+
+def unmatched(problems):
+    """[a sentence on how many reference answers no answer can match], or [] if there are none."""
+    answers = sorted({problem.answer for problem in problems.train + problems.held_out})
+    tried, lost = random.Random(0).sample(answers, min(2000, len(answers))), []
+    for answer in tried:
+        said = answer
+        for pattern, by in BY_A_MODEL:
+            said = pattern.sub(by, said)
+        if math_reward(f"\\boxed{{{said}}}", answer) == 0:
+            lost.append(answer)
+    return lost and [
+        f"{problems.path}: no answer as models write it would match {len(lost)} of the "
+        f"{len(tried)} different reference answers tried, such as {lost[0][:50]!r}."]
+
+
+# What a row may hold beside its question, and where its question may want the answer.
+BESIDE = ("choices", "options", "context", "passage", "image", "images", "system")
+ELSEWHERE = re.compile(r"####|\[\[|</?(?:answer|think)|(?:nswer|NSWER)\W{0,3}:|nswer is[\"'`:]"
+                       r"|(?:last|final|own) line|(?:JSON|json)\b")
+
+
+def read_math(record, told):
     """The MathProblem of a JSON object; a ValueError says what it lacks.
 
     It has problem, question or prompt, a text or a chat, and answer, label or solution. Of a worked
-    solution only what follows "####", or its last \\boxed{}, is the answer.
+    solution only what follows "####", or its last \\boxed{}, is the answer. What of a row is not
+    used is counted in told.
     """
     question = next((record[k] for k in ("problem", "question", "prompt") if record.get(k)), None)
-    if isinstance(question, list):  # a chat: what its user said last
-        turns = [turn for turn in question if isinstance(turn, dict) and turn.get("role") == "user"]
+    chat = question if isinstance(question, list) else []
+    if chat:                                           # what its user said last
+        turns = [turn for turn in chat if isinstance(turn, dict) and turn.get("role") == "user"]
         question = turns[-1].get("content") if turns else None
-    if isinstance(record.get("reward_model"), dict):  # verl keeps ground_truth in there
+    if isinstance(record.get("reward_model"), dict):   # verl keeps ground_truth in there
         record = record["reward_model"] | record
     keys = ("answer", "final_answer", "label", "ground_truth", "solution")
     key = next((key for key in keys if record.get(key) not in (None, "")), None)
-    answer = record.get(key)
-    if isinstance(answer, list) and len(answer) == 1:  # OlympiadBench
-        answer = answer[0]
+    answer = only_item(record.get(key))
     if not isinstance(question, str):
         raise ValueError("no text under problem, question or prompt")
     if not isinstance(answer, (str, int, float)):
         raise ValueError("no text or number under answer, final_answer, label or solution")
-    if isinstance(answer, float):  # 1e+16 is nothing that an answer would say
+    if isinstance(answer, float):
         answer = format(Decimal(str(answer)), "f")
     answer = re.sub(r"\\boxed\s+(\w+)", r"\\boxed{\1}", str(answer))
-    if "####" in answer:  # GSM8K
+    if "####" in answer:                               # GSM8K
         answer = answer.rpartition("####")[2]
     elif last_boxed(answer) is not None:
         answer = last_boxed(answer)
-    elif key == "solution" and len(answer) > 40:  # some files keep the bare answer there
+    elif key == "solution" and len(answer) > 40:       # some files keep the bare answer there
         raise ValueError("the solution has no \\boxed{} and no answer beside it")
+    told.update(f"have {key}, which the prompt does not show" for key in BESIDE if record.get(key))
+    if len(chat) > 1:
+        told["have a system prompt or more turns, which the prompt does not show"] += 1
+    if ELSEWHERE.search(question) and "\\boxed" not in question:
+        told["ask for another form of answer, but only our \\boxed{} is read"] += 1
     return MathProblem(question, answer.strip())
 
 
-def read_countdown(record):
+def only_item(answer):
+    """The item of a list of one, also where a file keeps the list as text: 34 of '["34"]'."""
+    item = answer
+    if isinstance(answer, str) and answer.lstrip()[:1] in ("[", '"'):
+        text = answer.replace("['", '["').replace("']", '"]')
+        try:                                           # JSON, or LaTeX whose \ were not doubled
+            item = json.loads(re.sub(r'(?<!\\)\\(?=[^\\"u])', r"\\\\", text))
+        except (ValueError, RecursionError):
+            pass
+    while isinstance(item, list) and len(item) == 1:
+        item = item[0]
+    return answer if isinstance(item, (list, dict)) else item
+
+
+def read_countdown(record, told):
     """The Problem of a JSON object such as {"target": 44, "nums": [19, 36, 55, 7]}."""
     numbers, target = record.get("nums"), record.get("target")
     whole = isinstance(numbers, list) and {type(n) for n in [target, *numbers]} == {int}
@@ -694,56 +774,67 @@ def read_countdown(record):
 def load_problems(path, read=read_math, say=print):
     """What `read` makes of each JSON object of a file, one a line or all in one array.
 
-    path: a local file, or hf://owner/repo[@revision]/path/file.jsonl. An object that read refuses
-    is left out, and `say` is told how many were; ValueError where none is left.
+    path: a local file, or hf://owner/repo[@revision]/path/file.jsonl. A problem that comes again is
+    taken once, an object that read refuses is left out, and `say` is told of how many; UserError
+    where none is left.
     """
-    file = download(path) if str(path).startswith("hf://") else path
-    try:
-        data = Path(file).read_bytes()
-    except OSError as error:
-        raise ValueError(f"Cannot read {path}: {error.strerror}.") from None
-    if data[:4] == b"PAR1":
-        code = f"pandas.read_parquet('{file}').to_json('data.jsonl', orient='records', lines=True)"
-        raise ValueError(f"{path} is a parquet file, to be converted once by: "
-                         f'python -c "import pandas; {code}"')
-    try:
-        array = data.lstrip()[:1] == b"["
-        lines = [json.dumps(x) for x in json.loads(data)] if array else data.split(b"\n")
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not a JSON array: {error}.") from None
-    problems, refused = [], []
-    for number, line in enumerate(lines, start=1):
+    problems, refused, told, count = {}, [], Counter(), 0
+    for number, line in enumerate(lines_of(path), start=1):
         if not line.strip():
             continue
+        count += 1
         try:
             record = json.loads(line)
             if not isinstance(record, dict):
                 raise ValueError("not a JSON object")
-            problems.append(read(record))
+            problem = read(record, told)
         except (ValueError, RecursionError) as error:
             refused.append(f"line {number}: {error}")
+            continue
+        first = problems.setdefault(" ".join(problem.identity.split()), problem)
+        told["repeat an earlier problem: each is used once"] += first is not problem
+        told["give an earlier problem another answer: the first is used"] += first[1] != problem[1]
     if not problems:
-        raise ValueError(f"{path} holds no problems" + (f"; {refused[0]}." if refused else "."))
+        raise UserError(f"{path} holds no problems" + (f"; {refused[0]}." if refused else "."))
     if refused:
-        count = len(refused) + len(problems)
         say(f"{path}: {len(refused)} of {count} lines left out, the first {refused[0]}.")
-    return problems
+    for what, lines in told.items():
+        if lines:
+            say(f"{path}: {lines} of {count} lines {what}.")
+    return list(problems.values())
+
+
+def lines_of(path):
+    """The lines of a file, or the items of its JSON array, each as JSON."""
+    file = download(path) if "://" in str(path) else path
+    try:
+        with open(file, "rb") as lines:
+            start = lines.read(1000).lstrip()
+            lines.seek(0)
+            if start[:4] == b"PAR1":
+                raise UserError(f"{path} is a parquet file: convert it once, by pandas.read_parquet"
+                                f"('{file}').to_json('data.jsonl', orient='records', lines=True).")
+            yield from map(json.dumps, json.load(lines)) if start[:1] == b"[" else lines
+    except OSError as error:
+        raise UserError(f"Cannot read {path}: {error.strerror}.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"{path} is not a JSON array: {error}.") from None
 
 
 def download(path):
     """The local copy of a file in a Hugging Face dataset repository; nothing else goes online."""
-    match = re.fullmatch(r"hf://([^/@]+/[^/@]+)(?:@([^/]+))?/(.+)", path)
+    match = re.fullmatch(r"hf://(?:datasets/)?(?!datasets/)([^/@]+/[^/@]+)(?:@([^/]+))?/(.+)", path)
     if not match:
-        raise ValueError(f"{path} is not of the form hf://owner/repo/file.jsonl.")
+        raise UserError(f"{path} is not of the form hf://owner/repo/file.jsonl.")
     try:
-        from huggingface_hub import hf_hub_download  # everything else runs without it
+        from huggingface_hub import hf_hub_download    # everything else runs without it
         return hf_hub_download(
             repo_id=match[1], revision=match[2], filename=match[3], repo_type="dataset")
-    except Exception as error:  # offline, no such file, no access: many types, one sentence
-        raise ValueError(f"Cannot fetch {path}: {' '.join(str(error).split())}") from None
+    except Exception as error:                         # offline, no such file, no access
+        raise UserError(f"Cannot fetch {path}: {' '.join(str(error).split())}") from None
 
 
-# ---- The task's flags, which train.py and eval.py share
+# --------------------------------------------- the task's flags, which train.py and eval.py share
 
 # The flags that say what is measured.
 SETTING = ("task", "prompt", "counts", "high", "targets", "max_new_tokens", "verifier")
@@ -769,27 +860,27 @@ def add_task_flags(parser):
     flag("--targets", type=int, nargs=2, help="countdown: smallest and largest target")
     flag("--verifier", choices=["ours", "math-verify"], help="math: who compares answers, default "
          "ours; math-verify is a package that can do algebra")
-    flag("--max-new-tokens", type=int, help="longest answer")
+    flag("--max-new-tokens", type=int, help="longest answer, in tokens")
 
 
 def fill_task_flags(flags, tokenizer):
-    """Fill in, in place, what the task's flags leave open; ValueError where they contradict."""
+    """Fill in, in place, what the task's flags leave open; UserError where they contradict."""
     math = flags.task == "math"
     if flags.prompt is None:
         flags.prompt = "boxed" if math else "bare" if tokenizer.chat_template is None else "think"
     if math != (flags.prompt == "boxed"):
-        raise ValueError(f"--prompt {flags.prompt} does not go with --task {flags.task}.")
+        raise UserError(f"--prompt {flags.prompt} does not go with --task {flags.task}.")
     for name, value in DEFAULTS[flags.prompt].items():
         if getattr(flags, name) is None:
             setattr(flags, name, value)
     if flags.max_new_tokens < 1:
-        raise ValueError("--max-new-tokens must be at least 1.")
+        raise UserError("--max-new-tokens must be at least 1.")
     if math and flags.data is None:
-        raise ValueError("--task math needs --data, a .jsonl file or hf://owner/repo/file.jsonl.")
+        raise UserError("--task math needs --data, a .jsonl file or hf://owner/repo/file.jsonl.")
     if flags.verifier and not math:
-        raise ValueError("--verifier belongs to --task math.")
+        raise UserError("--verifier belongs to --task math.")
     if math and (flags.counts or flags.high or flags.targets):
-        raise ValueError("--counts, --high and --targets belong to --task countdown.")
+        raise UserError("--counts, --high and --targets belong to --task countdown.")
 
 
 def make_task(flags, held_out=0.1):
