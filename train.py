@@ -109,7 +109,7 @@ def collect(policy, tokenizer, task, args, rng, generator):
     again, at most N times; if that was not enough, the last draw fills the batch. This is decided
     on accuracy, never on a shaped reward.
     """
-    G, share = args.group_size, share_of(args.prompts)         # a slice; alone it is all of them
+    G, share = args.group_size, own_prompts(args.prompts)         # a slice; alone it is all of them
     wanted = share.stop - share.start
     # The caches of all answers in flight are what fills a GPU, so --rows bounds them: several
     # prompts at once, or a large group in several pieces.
@@ -541,7 +541,7 @@ def asked_to_stop(this):
 
 # ------------------------------------------------------------------------------- several processes
 
-def share_of(prompts):
+def own_prompts(prompts):
     """Which of a batch's prompts this process answers: a slice; all of them if it is alone."""
     return slice(rank() * prompts // world(), (rank() + 1) * prompts // world())
 
