@@ -28,32 +28,19 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-try:                           # comes with a torch that was built for CUDA; nothing else needs it
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = None
 
-FAMILIES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
-            "mistral": "MistralForCausalLM", "ministral": "MinistralForCausalLM"}
-BUCKETS = 4                    # groups of like answer length in one forward pass of `score`
+class UserError(ValueError):
+    """One sentence for the user: what is wrong with a flag, a file or a model, and what to do."""
 
 
 # --------------------------------------------------------------------------------------- the model
 
 class Policy(nn.Module):
-    """A causal language model from a `transformers` config.
-
-    ValueError for an architecture that is not one of FAMILIES.
-    """
+    """A causal language model from a `transformers` config; UserError where it is none of ours."""
 
     def __init__(self, config):
         super().__init__()
-        if config.model_type not in FAMILIES:
-            raise ValueError(unsupported(config.model_type))
-        if config.hidden_act not in ("silu", "swish"):
-            raise ValueError(f"activation '{config.hidden_act}' is not supported; "
-                             "these architectures use silu.")
+        refuse_unsupported(config)
         self.config = config
         self.dtype = torch.float32                     # of the activations; parameters stay fp32
         self.recompute = False                         # see `recomputed`: less memory, more time
@@ -126,24 +113,6 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-def recomputed(block, x, rope, attend, layer, cache):
-    """block(...) that keeps its inputs only: the backward pass computes what is inside once more.
-
-    A second call must not add to the cache again, so each has one of its own, filled with what came
-    before; what it then holds goes out as tensors.
-    """
-    def call(x, *past):
-        own = KVCache()
-        own.keys, own.values = list(past[:1]), list(past[1:])
-        return block(x, rope, attend, 0, own), own.keys[0], own.values[0]
-
-    cache = KVCache() if cache is None else cache
-    past = [*cache.keys[layer:layer + 1], *cache.values[layer:layer + 1]]
-    x, k, v = checkpoint(call, x, *past, use_reentrant=False, preserve_rng_state=False)
-    cache.keys[layer:layer + 1], cache.values[layer:layer + 1] = [k], [v]
-    return x
-
-
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions; q/k norm for Qwen3, qkv bias for Qwen2."""
 
@@ -179,6 +148,101 @@ class Attention(nn.Module):
         return self.o_proj(mixed.transpose(1, 2).flatten(2))
 
 
+def rotate(x, cos, sin):
+    """Rotary positions: turn each pair (x_i, x_{i + head_dim/2}) by its angle.
+
+    x (B, T, heads, head_dim); cos, sin (T or B x T, 1, head_dim / 2).
+    """
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+class KVCache:
+    """Keys and values of the tokens read so far: per layer two tensors (B, kv_heads, S, head_dim).
+
+    Training reads a prompt into one, and all its answers attend to it. The sampler starts from one,
+    and goes on with a cache that does not have to grow (sample.Stepper).
+    """
+
+    def __init__(self):
+        self.keys, self.values = [], []
+        self.length = 0                                # tokens read by all layers: Policy.forward
+
+    def update(self, layer, k, v):
+        """Add the new tokens' k, v (B, kv_heads, T, head_dim); return all keys and values, which
+        are what stands in `keys` and `values`. Gradients flow through both, old and new."""
+        if layer == len(self.keys):                    # the first tokens
+            self.keys.append(k)
+            self.values.append(v)
+        else:
+            self.keys[layer] = torch.cat([self.keys[layer], k], dim=2)
+            self.values[layer] = torch.cat([self.values[layer], v], dim=2)
+        return self.keys[layer], self.values[layer]
+
+
+# ---------------------------------------------------------------- the log-probability of an answer
+
+def score(policy, rollout, rows, group_size, temperature):
+    """log pi(y|x): log-probability and entropy of the sampled tokens of `rows` (an index tensor) of
+    a sample.Rollout -> two (len(rows), T) fp32, 0 off the mask; differentiable.
+
+    By definition one forward pass of each prompt with its answer. Here each prompt is read once,
+    and the answers of its group attend to its keys and values; equal answers are read once, too.
+    Answers go through the model in buckets of similar length, so that little padding is computed,
+    and padding never reaches the head.
+    """
+    # The prompts of these rows, each once; prompt_of_row (rows,) says which one a row answers.
+    group, prompt_of_row = torch.unique(rows // group_size, return_inverse=True)
+    P, first = rollout.prompt_mask.shape[1], group * group_size             # a row of each group
+    prompt, prompt_mask = rollout.tokens[first, :P], rollout.prompt_mask[first]
+    padded, cache = not prompt_mask.all(), KVCache()
+    last = policy(prompt, prompt_mask if padded else None, cache)[:, -1]    # (prompts, D)
+
+    # The different answers, each once; answer_of_row (rows,) says which one a row gave.
+    response, mask, prompt_of, answer_of_row = different_answers(rollout, rows, prompt_of_row)
+    hidden, target, position = [], [], []
+    # Four buckets however many answers are equal: sharded processes must forward equally often.
+    buckets = mask.sum(1).argsort(descending=True).tensor_split(min(4, len(rows)))
+    for bucket in buckets:                             # indices of answers, the longest first
+        longest, prompts = int(mask[bucket].any(0).sum()), prompt_of[bucket]
+        tokens = response[bucket, :max(1, longest - 1)]        # the last token is only predicted
+        seen = F.pad(prompt_mask[prompts], (0, tokens.shape[1]), value=True) if padded else None
+        later = policy(tokens, seen, cache_of_rows(cache, prompts))[:, :longest - 1]
+        # The prompt's last hidden state predicts the first token, an answer's own the others.
+        predicting = torch.cat([last[prompts, None], later], dim=1)         # (.., longest, D)
+        row, column = mask[bucket, :longest].nonzero(as_tuple=True)
+        hidden.append(predicting[row, column])                              # (tokens, D)
+        target.append(response[bucket[row], column])
+        position.append(torch.stack([bucket[row], column]))
+    row, column = torch.cat(position, dim=1)
+    flat = token_logprobs(torch.cat(hidden), policy.head, torch.cat(target), temperature)
+    zeros = torch.zeros(mask.shape, device=rows.device)
+    return [zeros.index_put((row, column), values)[answer_of_row] for values in flat]
+
+
+def token_logprobs(hidden, weight, targets, temperature=1.0):
+    """log pi(target) and the entropy of the whole next-token distribution, at `temperature`.
+
+    hidden (..., D); weight (V, D) fp32; targets (...) int64. Returns logp (...) and entropy (...),
+    fp32 (float64 for float64 hidden), differentiable in both. By definition
+
+        logits = hidden @ weight.T / temperature
+        logp = log_softmax(logits)[targets]
+        entropy = -(softmax(logits) * log_softmax(logits)).sum(-1)
+
+    computed here tile by tile. Logits (N, V) of more than MEMORY's `kept` bytes are never held as a
+    whole, forward or backward: one tile is at a time, and the backward pass makes each again.
+    """
+    shape, targets = targets.shape, targets.reshape(-1)
+    hidden = hidden.reshape(-1, hidden.shape[-1])
+    fit = len(targets) * len(weight) * 4 <= MEMORY.get(hidden.device.type, MEMORY["cpu"]).kept
+    keep_logits = torch.is_grad_enabled() and fit
+    logp, entropy = TokenLogprobs.apply(hidden, weight, targets, temperature, keep_logits)
+    return logp.view(shape), entropy.view(shape)
+
+
+# ----------------------- a first reading ends here; below: small parts, tiles, checkpoints, `tiny`
+
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate x) * up x)."""
 
@@ -194,13 +258,8 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(nn.RMSNorm):
     """x / rms(x) * weight over the last dimension, computed in fp32."""
-
-    def __init__(self, width, eps):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
 
     def forward(self, x):
         normed = F.rms_norm(x.float(), x.shape[-1:], eps=self.eps)
@@ -215,18 +274,13 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype), bias)
 
 
-def rotate(x, cos, sin):
-    """Rotary positions: turn each pair (x_i, x_{i + head_dim/2}) by its angle.
-
-    x (B, T, heads, head_dim); cos, sin (T or B x T, 1, head_dim / 2).
-    """
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
-
-
 def allowed(mask, T, S, window, device):
-    """Which of S keys each of the last T queries may read: (1 or B, 1, T, S) bool, or None where
-    plain causal attention does. mask: as in Policy.forward; window: how far back, None for all."""
+    """Which of the S cached keys each of the last T queries may read -> (1 or B, 1, T, S) bool.
+
+    It may be None where plain causal attention does the same: T is 1 or S, nothing is padded, and
+    no window is shorter than S. mask: as in Policy.forward. window: how many slots back a query
+    sees, itself included, None for all; it counts slots of the cache, padded ones as well.
+    """
     if mask is None and (window is None or window >= S) and T in (1, S):
         return None
     query = torch.arange(S - T, S, device=device)[:, None]
@@ -239,104 +293,45 @@ def allowed(mask, T, S, window, device):
     return ok | (key == query)         # a padded query reads itself: no empty softmax, no NaN
 
 
-class KVCache:
-    """Keys and values of the tokens read so far: per layer two tensors (B, kv_heads, S, head_dim).
+def recomputed(block, x, rope, attend, layer, cache):
+    """block(...) that keeps its inputs only: the backward pass computes what is inside once more.
 
-    It grows by concatenation, and gradients flow through it: the training forward reads a prompt
-    once and lets all its answers attend to it. The sampler reads prompts into one, and goes on with
-    a Stepper, whose cache has room.
+    A second call must not add to the cache again, so each has a cache of its own that begins with
+    what came before, and what it then holds goes out as tensors.
     """
+    def call(x, *past):
+        before = KVCache()
+        before.keys, before.values = list(past[:1]), list(past[1:])
+        return block(x, rope, attend, 0, before), before.keys[0], before.values[0]
 
-    def __init__(self):
-        self.keys, self.values = [], []
-        self.length = 0                                # tokens read by all layers: Policy.forward
-
-    def update(self, layer, k, v):
-        """Add the new tokens' k, v (B, kv_heads, T, head_dim); return all keys and values."""
-        if layer == len(self.keys):                    # the first tokens
-            self.keys.append(k)
-            self.values.append(v)
-        else:
-            self.keys[layer] = torch.cat([self.keys[layer], k], dim=2)
-            self.values[layer] = torch.cat([self.values[layer], v], dim=2)
-        return self.keys[layer], self.values[layer]
-
-    def select(self, rows):
-        """A copy holding `rows` (an index tensor; a row may repeat)."""
-        chosen = KVCache()
-        chosen.length = self.length
-        chosen.keys = [k.index_select(0, rows) for k in self.keys]
-        chosen.values = [v.index_select(0, rows) for v in self.values]
-        return chosen
+    cache = KVCache() if cache is None else cache
+    past = [*cache.keys[layer:layer + 1], *cache.values[layer:layer + 1]]
+    x, k, v = checkpoint(call, x, *past, use_reentrant=False, preserve_rng_state=False)
+    cache.keys[layer:layer + 1], cache.values[layer:layer + 1] = [k], [v]
+    return x
 
 
-# ---------------------------------------------------------------- the log-probability of an answer
-
-def score(policy, rollout, rows, group_size, temperature):
-    """log pi(y|x): log-probability and entropy of the sampled tokens of `rows` (an index tensor) of
-    a sample.Rollout -> two (len(rows), T) fp32, 0 off the mask; differentiable.
-
-    By definition one forward pass of each prompt with its answer. Here each prompt is read once,
-    and the answers of its group attend to its keys and values; an answer that was given several
-    times is read once, too. Answers go through the model in buckets of like length, so that little
-    padding is computed, and padding never reaches the head.
-    """
-    # The prompts of these rows, each once; asked (rows,) says which of them a row answers.
-    group, asked = torch.unique(rows // group_size, return_inverse=True)
-    P, first = rollout.prompt_mask.shape[1], group * group_size             # a row of each group
-    prompt, prompt_mask = rollout.tokens[first, :P], rollout.prompt_mask[first]
-    padded, cache = not prompt_mask.all(), KVCache()
-    last = policy(prompt, prompt_mask if padded else None, cache)[:, -1]    # (prompts, D)
-
-    # The different answers, each once; answer_of (rows,) says which one a row gave.
-    given = torch.where(rollout.mask[rows], rollout.response[rows], -1)     # (rows, T)
-    given = torch.cat([asked[:, None], given], dim=1).cpu()    # not every device can compare rows
-    given, answer_of = torch.unique(given, dim=0, return_inverse=True)
-    given, answer_of = given.to(rows.device), answer_of.to(rows.device)
-    prompt_of, response, mask = given[:, 0], given[:, 1:].clamp(min=0), given[:, 1:] >= 0
-
-    hidden, target, position = [], [], []
-    # As many buckets however many answers are alike: sharded processes must forward equally often.
-    buckets = mask.sum(1).argsort(descending=True).tensor_split(min(BUCKETS, len(rows)))
-    for bucket in buckets:                             # indices of answers, the longest first
-        longest = int(mask[bucket].any(0).sum())
-        fed = response[bucket, :max(1, longest - 1)]   # the last token is only predicted
-        prompts = prompt_of[bucket]
-        seen = F.pad(prompt_mask[prompts], (0, fed.shape[1]), value=True) if padded else None
-        later = policy(fed, seen, cache.select(prompts))[:, :longest - 1]
-        # The prompt's last hidden state predicts the first token, an answer's own the others.
-        predicting = torch.cat([last[prompts, None], later], dim=1)         # (.., longest, D)
-        row, column = mask[bucket, :longest].nonzero(as_tuple=True)
-        hidden.append(predicting[row, column])                              # (tokens, D)
-        target.append(response[bucket[row], column])
-        position.append(torch.stack([bucket[row], column]))
-    row, column = torch.cat(position, dim=1)
-    flat = token_logprobs(torch.cat(hidden), policy.head, torch.cat(target), temperature)
-    empty = torch.zeros(mask.shape, device=rows.device)
-    return [empty.index_put((row, column), values)[answer_of] for values in flat]
+def cache_of_rows(cache, rows):
+    """A copy of a KVCache that holds `rows` alone (an index tensor; a row may repeat)."""
+    chosen = KVCache()
+    chosen.length = cache.length
+    chosen.keys = [k.index_select(0, rows) for k in cache.keys]
+    chosen.values = [v.index_select(0, rows) for v in cache.values]
+    return chosen
 
 
-def token_logprobs(hidden, weight, targets, temperature=1.0):
-    """log pi(target) and the entropy of the whole next-token distribution, at `temperature`.
-
-    hidden (..., D); weight (V, D) fp32; targets (...) int64. Returns logp (...) and entropy (...),
-    fp32 (float64 for float64 hidden), differentiable in both. By definition
-
-        logits = hidden @ weight.T / temperature
-        logp = log_softmax(logits)[targets]
-        entropy = -(softmax(logits) * log_softmax(logits)).sum(-1)
-
-    computed here tile by tile, so that the logits never take more memory than MEMORY allows.
-    """
-    shape, targets = targets.shape, targets.reshape(-1)
-    hidden = hidden.reshape(-1, hidden.shape[-1])
-    fits = len(targets) * len(weight) * 4 <= memory(hidden.device).kept
-    keep_logits = torch.is_grad_enabled() and fits
-    logp, entropy = TokenLogprobs.apply(hidden, weight, targets, temperature, keep_logits)
-    return logp.view(shape), entropy.view(shape)
+def different_answers(rollout, rows, prompt_of_row):
+    """The answers of `rows`, equal ones to one prompt only once -> response and mask (answers, T),
+    the prompt of each (answers,), and which of them each row gave (rows,)."""
+    answers = torch.where(rollout.mask[rows], rollout.response[rows], -1)   # (rows, T)
+    answers = torch.cat([prompt_of_row[:, None], answers], dim=1).cpu()    # not every device can
+    answers, answer_of_row = torch.unique(answers, dim=0, return_inverse=True)      # compare rows
+    answers, answer_of_row = answers.to(rows.device), answer_of_row.to(rows.device)
+    prompt_of, answers = answers[:, 0], answers[:, 1:]
+    return answers.clamp(min=0), answers >= 0, prompt_of, answer_of_row
 
 
-# --------------------------- a first reading ends here; below: the same tile by tile, files, `tiny`
+# -------------------------------------------------------------- the log-probabilities, tile by tile
 
 class Memory(NamedTuple):
     """How many bytes of logits a device may hold at a time."""
@@ -346,10 +341,6 @@ class Memory(NamedTuple):
 
 
 MEMORY = {"cpu": Memory(256 << 20, 1 << 20, 512), "cuda": Memory(4 << 30, 256 << 20, 8192)}
-
-
-def memory(device):
-    return MEMORY["cuda" if device.type == "cuda" else "cpu"]
 
 
 class TokenLogprobs(torch.autograd.Function):
@@ -364,9 +355,9 @@ class TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, keep_logits):
         h, w = operands(hidden, weight)                                     # (N, D), (V, D)
-        full = torch.promote_types(h.dtype, torch.float32)
-        nothing = torch.finfo(full).min                # the log-sum-exp of no logits yet
-        lse = torch.full(targets.shape, nothing, dtype=full, device=h.device)   # (N,)
+        dtype = torch.promote_types(h.dtype, torch.float32)
+        nothing = torch.finfo(dtype).min               # the log-sum-exp of no logits yet
+        lse = torch.full(targets.shape, nothing, dtype=dtype, device=h.device)  # (N,)
         chosen, entropy = torch.zeros_like(lse), torch.zeros_like(lse)
         kept = []
         for rows, part in tiles(len(h), len(w), h.device):
@@ -398,8 +389,8 @@ class TokenLogprobs(torch.autograd.Function):
         kept, ctx.kept = ctx.kept[::-1], []            # tiles are overwritten: a second backward
         for rows, part in tiles(len(h), len(w), h.device):     # computes them again
             x = kept.pop() if kept else logits_of(h[rows], w[part], ctx.temperature)
-            facts = targets[rows], part, lse[rows], entropy[rows]
-            dx = logit_gradient(x, *facts, g[rows], None if e is None else e[rows], h.dtype)
+            dx = logit_gradient(x, targets[rows], part, lse[rows], entropy[rows], g[rows],
+                                None if e is None else e[rows], h.dtype)
             if dh is not None:
                 add_product(dh[rows], dx, w[part], ctx.temperature)
             if dw is not None:
@@ -410,7 +401,7 @@ class TokenLogprobs(torch.autograd.Function):
 def tiles(N, V, device):
     """(N, V) cut into pieces (slice of rows, slice of the vocabulary), of whole rows where enough
     of them fit."""
-    limit = memory(device)
+    limit = MEMORY.get(device.type, MEMORY["cpu"])
     rows = max(1, min(N, max(limit.rows, limit.tile // (4 * V))))
     width = max(1, limit.tile // (4 * rows))
     return itertools.product([slice(i, min(N, i + rows)) for i in range(0, N, rows)],
@@ -451,8 +442,10 @@ def column_in(part, targets):
 
 def lse_entropy(x):
     """Log-sum-exp and entropy of each row of x (rows, part), which stays as it is."""
-    if triton and x.is_cuda and x.dtype == torch.float32:
-        return lse_entropy_on_gpu(x)
+    if by_kernel(x):
+        lse, entropy = x.new_empty(2, len(x))
+        lse_entropy_kernel[(len(x),)](x, lse, entropy, x.shape[1], BLOCK=4096, num_warps=8)
+        return lse, entropy
     top = x.amax(1, keepdim=True)
     below = x - top                                    # entropy from these: no difference of large
     p = below.exp()                                    # numbers
@@ -463,8 +456,13 @@ def lse_entropy(x):
 def logit_gradient(x, targets, part, lse, entropy, g, e, dtype):
     """The gradient in the logits, g onehot - P (g + e (log P + H)), in `dtype`; written over x
     where it can be."""
-    if triton and x.is_cuda and x.dtype == torch.float32:
-        return logit_gradient_on_gpu(x, targets - part.start, lse, entropy, g, e, dtype)
+    if by_kernel(x):
+        dx = torch.empty_like(x, dtype=dtype)
+        upstream = g.contiguous(), (g if e is None else e).contiguous()
+        grid = len(x), triton.cdiv(x.shape[1], 4096)
+        logit_gradient_kernel[grid](x, dx, targets - part.start, lse, entropy, *upstream,
+                                    x.shape[1], ENTROPY=e is not None, BLOCK=4096, num_warps=8)
+        return dx
     x.sub_(lse[:, None])                               # log P
     if e is None:
         x.exp_().mul_(-g[:, None])
@@ -475,7 +473,18 @@ def logit_gradient(x, targets, part, lse, entropy, g, e, dtype):
     return x.scatter_add_(1, column, torch.where(inside, g, 0)[:, None]).to(dtype)
 
 
-# The same two on a GPU, one pass over the tile each. A row is one program (on grid x, which alone
+try:                           # comes with a torch that was built for CUDA
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
+
+def by_kernel(x):
+    return triton and x.is_cuda and x.dtype == torch.float32
+
+
+# The last two on a GPU, one pass over the tile each. A row is one program (on grid x, which alone
 # goes beyond 65,535); row offsets are int64, because 16,384 rows x 152k is over 2^31.
 if triton:
     @triton.jit
@@ -511,25 +520,20 @@ if triton:
         tl.store(dx + row * V + column, value.to(dx.dtype.element_ty), column < V)
 
 
-def lse_entropy_on_gpu(x):
-    lse, entropy = x.new_empty(2, len(x))
-    lse_entropy_kernel[(len(x),)](x, lse, entropy, x.shape[1], BLOCK=4096, num_warps=8)
-    return lse, entropy
-
-
-def logit_gradient_on_gpu(x, target, lse, entropy, g, e, dtype):
-    dx = torch.empty_like(x, dtype=dtype)
-    upstream = g.contiguous(), (g if e is None else e).contiguous()
-    grid = len(x), triton.cdiv(x.shape[1], 4096)
-    logit_gradient_kernel[grid](x, dx, target, lse, entropy, *upstream, x.shape[1],
-                                ENTROPY=e is not None, BLOCK=4096, num_warps=8)
-    return dx
-
-
 # ------------------------------------------------------------------------------ what a config says
 
-def unsupported(model_type):
-    return f"model type '{model_type}' is not supported; these are: {', '.join(FAMILIES)}."
+FAMILIES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
+            "mistral": "MistralForCausalLM", "ministral": "MinistralForCausalLM"}
+
+
+def refuse_unsupported(config):
+    """UserError for an architecture that `Policy` is not."""
+    if config.model_type not in FAMILIES:
+        raise UserError(f"model type '{config.model_type}' is not supported; these are: "
+                        f"{', '.join(FAMILIES)}.")
+    if config.hidden_act not in ("silu", "swish"):
+        raise UserError(f"activation '{config.hidden_act}' is not supported; these architectures "
+                        "use silu.")
 
 
 def head_dim(config):
@@ -544,9 +548,8 @@ def ids_of(value):
 def sliding_windows(config):
     """How many tokens back each layer sees (itself included); None means all of them."""
     window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
-    if kinds is None:                                  # Mistral: one window for all layers
-        return [window] * config.num_hidden_layers
+    mistral = ["sliding_attention"] * config.num_hidden_layers     # one window for all layers
+    kinds = getattr(config, "layer_types", None) or mistral
     return [window if kind == "sliding_attention" else None for kind in kinds]
 
 
@@ -558,8 +561,8 @@ def inverse_frequencies(config):
     if rope["rope_type"] == "default":
         return freq
     if rope["rope_type"] != "llama3":
-        raise ValueError(f"rope scaling '{rope['rope_type']}' is not supported; "
-                         "these are: default, llama3.")
+        raise UserError(f"rope scaling '{rope['rope_type']}' is not supported; these are: default, "
+                        "llama3.")
     # Long wavelengths are divided by `factor`, short ones kept, those between blended linearly.
     turns = rope["original_max_position_embeddings"] * freq / (2 * math.pi)
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
@@ -574,64 +577,81 @@ def load(name_or_path, device="cpu", dtype=torch.float32, stop=()):
 
     Parameters become fp32; `dtype` is that of the activations (bf16 on a GPU). stop: tokens (as
     text) that end an answer beside those that the checkpoint names. Nothing but safetensors is
-    read, and no code that comes with a checkpoint is run. ValueError, in one sentence, for a
-    missing or damaged checkpoint, for an architecture that is not one of FAMILIES, and for weights
-    that are missing or of another shape.
+    read, and no code that comes with a checkpoint is run. UserError for a missing or damaged
+    checkpoint, for what is not one of FAMILIES or quantised, and for weights that do not fit.
     """
-    from transformers import AutoConfig
-    folder = Path(name_or_path)
-    if not folder.is_dir():
-        folder = download(str(name_or_path))
-    described = folder / "config.json"
-    if not described.is_file():
-        raise ValueError(f"'{name_or_path}' is not a model folder: it has no config.json.")
-    model_type = read(described, lambda: json.loads(described.read_bytes())["model_type"])
-    if model_type not in FAMILIES:                     # before transformers gives its own opinion
-        raise ValueError(unsupported(model_type))
-    config = read(described, lambda: AutoConfig.from_pretrained(folder, trust_remote_code=False))
-    if getattr(config, "quantization_config", None):
-        raise ValueError(f"'{name_or_path}' is quantised; only fp32, bf16 and fp16 weights can be "
-                         "trained here.")
-    tokenizer = load_tokenizer(folder)
-    if len(tokenizer) > config.vocab_size:
-        raise ValueError(f"'{name_or_path}' is mixed up: its tokenizer has {len(tokenizer)} "
-                         f"tokens, but its config says that the model knows {config.vocab_size}.")
-    with torch.device("meta"):
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
+    logging.set_verbosity_error()                      # what is wrong is said here
+    if Path(name_or_path).is_dir():                    # a download needs its bar
+        logging.disable_progress_bar()
+    config = readable(
+        f"the config.json of '{name_or_path}' (a folder here, or a name on the hub)",
+        lambda: AutoConfig.from_pretrained(name_or_path, trust_remote_code=False))
+    with torch.device("meta"):                         # without memory; the loaded tensors go in
         policy = Policy(config)
-    policy.load_state_dict(read_weights(folder, policy.state_dict(), device), assign=True)
+    if getattr(config, "quantization_config", None):
+        raise UserError(f"'{name_or_path}' is quantised; only fp32, bf16 and fp16 weights can be "
+                        "trained here.")
+    tokenizer = load_tokenizer(name_or_path)
+    if len(tokenizer) > config.vocab_size:
+        raise UserError(f"'{name_or_path}' is mixed up: its tokenizer has {len(tokenizer)} tokens, "
+                        f"but its config says that the model knows {config.vocab_size}.")
+    model, report = readable(
+        f"a file of weights of '{name_or_path}' (safetensors only, never .bin or .pth)",
+        lambda: AutoModelForCausalLM.from_pretrained(
+            name_or_path, config=config, dtype=torch.float32, use_safetensors=True,
+            trust_remote_code=False, ignore_mismatched_sizes=True, output_loading_info=True))
+    # transformers would go on with chance in place of what is missing or has another shape.
+    for name, found, wanted in sorted(report["mismatched_keys"]):
+        raise UserError(f"'{name_or_path}' has '{name}' of shape {tuple(found)}, but its config "
+                        f"asks for {tuple(wanted)}.")
+    for name in sorted(report["missing_keys"]):
+        raise UserError(f"'{name_or_path}' lacks the weight '{name}'.")
+    weights = model.state_dict()                       # a tied head stands in it under two names
+    policy.load_state_dict({name: weights[name] for name in policy.state_dict()}, assign=True)
     policy.dtype = dtype
-    policy.stop_ids = sorted(ids_of(config.eos_token_id) | stop_tokens(folder, tokenizer, stop))
+    more = stop_tokens(name_or_path, tokenizer, stop)
+    policy.stop_ids = sorted(ids_of(config.eos_token_id) | more)
     return policy.to(device), tokenizer
 
 
-def load_tokenizer(folder):
-    """The tokenizer of a checkpoint's folder, with a pad token in any case."""
+def load_tokenizer(name_or_path):
+    """The tokenizer of a checkpoint, with a pad token in any case."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
-    files = [folder / name for name in ("tokenizer.json", "tokenizer.model", "vocab.json")]
-    if not any(file.is_file() for file in files):
-        raise ValueError(f"'{folder}' has no tokenizer; transformers would make up an empty one.")
+    from transformers.utils import has_file
+    files = ("tokenizer.json", "tokenizer.model", "vocab.json")
+    if not any(has_file(name_or_path, file) for file in files):
+        raise UserError(f"'{name_or_path}' has no tokenizer; transformers would make up an empty "
+                        "one.")
     # AutoTokenizer rebuilds some tokenizers from their vocabulary alone, and then text becomes
     # other ids than the model was trained on. The plain class takes tokenizer.json as it is.
-    kind = PreTrainedTokenizerFast if files[0].is_file() else AutoTokenizer
-    tokenizer = read(f"the tokenizer in {folder}",
-                     lambda: kind.from_pretrained(folder, trust_remote_code=False))
+    kind = PreTrainedTokenizerFast if has_file(name_or_path, files[0]) else AutoTokenizer
+    tokenizer = readable(f"the tokenizer of '{name_or_path}'",
+                         lambda: kind.from_pretrained(name_or_path, trust_remote_code=False))
     if tokenizer.pad_token is None:                    # masks come from positions: any will do
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer
 
 
-def stop_tokens(folder, tokenizer, more):
+def stop_tokens(name_or_path, tokenizer, more):
     """The ids that end an answer: those that the tokenizer and generation_config.json name, the one
     that ends a turn of the chat template, and `more` tokens, given as text."""
     from transformers import GenerationConfig
-    found, generation = ids_of(tokenizer.eos_token_id), folder / "generation_config.json"
-    if generation.is_file():
-        named = read(generation, lambda: GenerationConfig.from_pretrained(folder))
-        found |= ids_of(named.eos_token_id)
+    from transformers.utils import has_file
+    found = ids_of(tokenizer.eos_token_id)
+    if has_file(name_or_path, "generation_config.json"):
+        generation = readable(f"the generation_config.json of '{name_or_path}'",
+                              lambda: GenerationConfig.from_pretrained(name_or_path))
+        found |= ids_of(generation.eos_token_id)
+    vocabulary = tokenizer.get_vocab()
     for token in more:
         ids = tokenizer(token, add_special_tokens=False).input_ids
-        if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
-            raise ValueError(f"'{token}' cannot end an answer: it is not one token of '{folder}'.")
+        if token in vocabulary:                        # by its name, that of unknown text included
+            ids = [vocabulary[token]]
+        elif len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
+            raise UserError(f"'{token}' cannot end an answer: it is not one token of "
+                            f"'{name_or_path}'.")
         found |= set(ids)
     # A base model may have the template of its chat sibling and name another token as its last:
     # what the template writes behind an answer ends it, if it is a token of its own, no mere text.
@@ -650,101 +670,33 @@ def says_when_it_stops(policy, tokenizer):
     return f"an answer ends with {' or '.join(map(str, names)) or 'nothing but --max-new-tokens'}"
 
 
-def read(what, reader):
+def readable(what, reader):
     """reader(), whose many kinds of error become one sentence that names `what`."""
     try:
         return reader()
     except Exception as error:
         first = str(error).partition("\n")[0].rstrip(" :.")
-        raise ValueError(f"{what} is missing or damaged ({type(error).__name__}: {first}).")
+        raise UserError(f"{what} is missing or damaged ({type(error).__name__}: {first}).")
 
 
-def read_weights(folder, wanted, device):
-    """{name: fp32 tensor} for the names and shapes in `wanted`, from model.safetensors or from the
-    files of its index."""
-    from safetensors import SafetensorError, safe_open
-    files, index = [folder / "model.safetensors"], folder / "model.safetensors.index.json"
-    if index.is_file() and not files[0].is_file():
-        names = read(index, lambda: set(json.loads(index.read_bytes())["weight_map"].values()))
-        files = sorted(folder / name for name in names)
-    found = {}
-    # To safetensors "cuda" is the first GPU; here it is this process's own, by its number.
-    device = str(torch.empty(0, device=device).device)
-    for file in files:
-        if not file.is_file():
-            raise ValueError(f"'{file}' is missing; weights in any other form than safetensors "
-                             "(.bin, .pth) are never read.")
-        try:
-            with safe_open(file, framework="pt", device=device) as tensors:
-                for name in {*wanted, "lm_head.weight"}.intersection(tensors.keys()):
-                    found[name] = tensors.get_tensor(name).float()
-        except SafetensorError as error:
-            raise ValueError(f"'{file}' is damaged ({error}); copy or download it again.")
-    if "lm_head.weight" in found and "lm_head.weight" not in wanted:
-        # A tied checkpoint may carry its one matrix under both names, or under this one alone.
-        found.setdefault("model.embed_tokens.weight", found.pop("lm_head.weight"))
-    for name, parameter in wanted.items():
-        if name not in found:
-            raise ValueError(f"'{folder}' lacks the weight '{name}'.")
-        if found[name].shape != parameter.shape:
-            raise ValueError(f"'{folder}' has '{name}' of shape {tuple(found[name].shape)}, "
-                             f"but its config asks for {tuple(parameter.shape)}.")
-    return found
-
-
-def download(name):
-    """Fetch a checkpoint from the hub; safetensors and json only."""
-    from huggingface_hub import snapshot_download
-    kinds = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
-    try:
-        return Path(snapshot_download(name, allow_patterns=kinds,
-                                      ignore_patterns=["consolidated*"]))  # Mistral's second copy
-    except Exception as error:                         # whatever the network or the hub says
-        raise ValueError(f"'{name}' is neither a folder here nor a model that the hub gives "
-                         f"({type(error).__name__}).")
-
-
-def save(policy, tokenizer, path, weights=None):
+def save(policy, tokenizer, path, weights=None, file_size="5GB"):
     """Write a folder that `load` and transformers' Auto classes open, those of version 4 as well;
-    it appears whole or not at all.
+    it appears whole or not at all, with its weights in files of `file_size` at most.
 
     weights: {name: tensor} to write in place of the policy's own, where those are sharded over
     processes.
     """
-    from safetensors.torch import save_file
-    path, aside = Path(path), save_all_but_weights(policy, tokenizer, path)
-    weights = weights or policy.state_dict()
-    save_file({name: weight.detach().contiguous() for name, weight in weights.items()},
-              aside / "model.safetensors", metadata={"format": "pt"})
-    for file in aside.rglob("*"):                      # a folder of further chat templates, too
-        if file.is_file():
-            with open(file, "r+b") as written:         # Windows syncs only what could be written
-                os.fsync(written.fileno())
-    shutil.rmtree(path, ignore_errors=True)
-    aside.rename(path)
-
-
-def try_to_save(policy, tokenizer, path):
-    """Write what `save` writes at `path`, without the weights, and remove it: ValueError now for
-    what would be an error after a night of training."""
-    try:
-        shutil.rmtree(save_all_but_weights(policy, tokenizer, path))
-    except Exception as error:                         # whatever transformers or the disk says
-        raise ValueError(f"a model cannot be saved as '{path}' ({type(error).__name__}: {error}).")
-
-
-def save_all_but_weights(policy, tokenizer, path):
-    """Config, generation config and tokenizer -> the folder beside `path` that they are in."""
+    from huggingface_hub import save_torch_state_dict
     from transformers import GenerationConfig
-    aside = Path(path).with_name(Path(path).name + ".tmp")
+    path, aside = Path(path), Path(path).with_name(Path(path).name + ".tmp")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    config, stops = policy.config, policy.stop_ids
+    weights = policy.state_dict() if weights is None else weights
+    save_torch_state_dict(weights, aside, max_shard_size=file_size)
+    config, stops, pad = policy.config, policy.stop_ids or None, tokenizer.pad_token_id
     config.architectures, config.dtype = [FAMILIES[config.model_type]], torch.float32
     config.save_pretrained(aside)
-    stops = stops if len(stops) > 1 else stops[0] if stops else None
-    generation = GenerationConfig(eos_token_id=stops, pad_token_id=tokenizer.pad_token_id)
-    generation.save_pretrained(aside)
+    GenerationConfig(eos_token_id=stops, pad_token_id=pad).save_pretrained(aside)
     tokenizer.save_pretrained(aside)
     # transformers 5 has new names for what version 4, and servers built on it, look for under the
     # old ones. A config without the old ones would be read as theta 10000, without a word.
@@ -755,14 +707,28 @@ def save_all_but_weights(policy, tokenizer, path):
         more = [str(token) for token in tokenizer.extra_special_tokens]
         amend(aside / "tokenizer_config.json", without="extra_special_tokens",
               additional_special_tokens=more, tokenizer_class="PreTrainedTokenizerFast")
-    return aside
+    for file in filter(Path.is_file, aside.rglob("*")):     # in a folder of chat templates, too
+        with open(file, "r+b") as written:             # Windows syncs only what could be written
+            os.fsync(written.fileno())
+    shutil.rmtree(path, ignore_errors=True)
+    aside.rename(path)
 
 
 def amend(file, without=None, **entries):
     """Write `entries` into a JSON file, and take the one named `without` out of it."""
-    whole = json.loads(file.read_bytes()) | entries
-    whole.pop(without, None)
-    file.write_text(json.dumps(whole, indent=2) + "\n")
+    contents = json.loads(file.read_bytes()) | entries
+    contents.pop(without, None)
+    file.write_text(json.dumps(contents, indent=2) + "\n")
+
+
+def try_to_save(policy, tokenizer, path):
+    """Save all but the weights, and remove it: UserError now for what would be one at the end."""
+    trial = Path(path).with_name("trial")
+    try:
+        save(policy, tokenizer, trial, weights={})
+        shutil.rmtree(trial)
+    except Exception as error:                         # whatever transformers or the disk says
+        raise UserError(f"a model cannot be saved as '{path}' ({type(error).__name__}: {error}).")
 
 
 # ------------------------------------------------------------------------------------- the default

@@ -5,11 +5,10 @@
 
 Each prompt is read once, and the G answers of its group start from its keys and values. Then every
 answer grows by one token at a time, drawn from the full softmax at `temperature`: no top-k, no
-top-p, no penalty, because training scores what was sampled, and a truncated distribution would make
-that score wrong. The log-probability of a token comes from the very logits that it was drawn from.
+top-p, no penalty, because training scores the answers under the full softmax, too.
 
-On a CPU, answers to a prompt that begin alike go through the model as one row for as long as they
-do. On a GPU every answer has a row of its own, so that a step has fixed shapes and can be captured.
+On a CPU, answers to a prompt with a common prefix share one row until they diverge. On a GPU every
+answer has a row of its own, so that a step has fixed shapes and can be captured as a CUDA graph.
 
 Letters: B rows = prompts x G, the rows of one prompt contiguous; P prompt length; T response
 length; V vocabulary; D width; S slots of the cache.
@@ -17,26 +16,23 @@ length; V vocabulary; D width; S slots of the cache.
 import itertools
 import math
 from dataclasses import dataclass
-from typing import NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
 
-from policy import KVCache, head_dim, logits_of, operands
-
-SHARING = ("cpu",)      # devices on which answers that begin alike share a row
-LOOK_EVERY = 8          # elsewhere: every so many tokens it is asked which rows have ended
-SPAN = 256              # a CUDA graph reads the cache up to the next multiple of this
+from policy import KVCache, UserError, head_dim, logits_of, operands
 
 
 @dataclass
 class Rollout:
-    """What was sampled. Where an answer ends is told by `mask`, never by token ids."""
+    """What was sampled. Where an answer ends is told by `mask`, never by token ids. `logp` serves
+    evaluation (its nats) and tests; training scores the answers anew, with gradient: policy.score.
+    """
     tokens: torch.Tensor       # (B, P+T) int64: prompt, padded left, then response, padded right
     prompt_mask: torch.Tensor  # (B, P) bool, False on the prompt's padding
     response: torch.Tensor     # (B, T) int64, the tail of `tokens`
     mask: torch.Tensor         # (B, T) bool, True up to and including the first stop token
-    logp: torch.Tensor         # (B, T) fp32, at the sampling temperature; 0 off the mask
+    logp: torch.Tensor         # (B, T) fp32 of the drawn tokens, at `temperature`; 0 off the mask
     texts: list                # B strings, without the stop token; other special tokens are shown
     finished: torch.Tensor     # (B,) bool, False where max_new_tokens cut the answer
 
@@ -45,16 +41,17 @@ class Rollout:
 def sample(policy, tokenizer, prompts, group_size, max_new_tokens, temperature=1.0, generator=None):
     """Draw `group_size` answers to each of `prompts` (strings ready to tokenise) -> Rollout.
 
-    generator: a torch.Generator, whose state alone decides the draws. One on the CPU draws the same
-    on every device, and for a batch in pieces what it draws for the whole; a GPU's does neither.
-    ValueError for a prompt that does not fit into the model's context together with its answer.
+    T is trimmed to the longest answer. generator: a torch.Generator, whose state alone decides the
+    draws. One on the CPU draws the same on every device, and for a batch in pieces what it draws
+    for the whole; a GPU's does neither.
+    UserError for a prompt that does not fit into the model's context together with its answer.
     """
     device, pad = policy.device, tokenizer.pad_token_id
     prompt, prompt_mask = encode(tokenizer, prompts, device)                # (prompts, P) each
     context, P = policy.config.max_position_embeddings, prompt.shape[1]
     if P + max_new_tokens > context:
-        raise ValueError(f"a prompt of {P} tokens and {max_new_tokens} new ones exceed the model's "
-                         f"context of {context}.")
+        raise UserError(f"a prompt of {P} tokens and {max_new_tokens} new ones exceed the model's "
+                        f"context of {context}.")
 
     # Read each prompt once. Prompts of one length need no attention mask at all.
     cache = KVCache()
@@ -85,11 +82,16 @@ def sample(policy, tokenizer, prompts, group_size, max_new_tokens, temperature=1
 
 # ------------------------------------------------- a first reading ends here; below: how it is fast
 
+SHARING = ("cpu",)      # devices on which answers with a common prefix share a row
+LOOK_EVERY = 8          # elsewhere: after so many tokens the rows that have ended are looked for
+SPAN = 256              # a CUDA graph reads the cache up to the next multiple of this
+
+
 class Answers:
     """The answers so far, of all B rows. Everything is written in place: a CUDA graph holds it."""
 
     def __init__(self, B, room, stop_ids, generator, device):
-        # All chance is here, one uniform a token and row by row, so that what a row says depends
+        # All chance is here, one uniform per token and row by row, so that what a row says depends
         # neither on which others are still going nor on how a batch is cut into pieces.
         where = generator.device if generator else device
         self.uniform = torch.rand(B, room, generator=generator, device=where).to(device)
@@ -124,7 +126,7 @@ class Answers:
 
 
 def decode_shared(stepper, answers, prompt_of, temperature, P):
-    """Until all have ended: answers to a prompt that begin alike are one row of the stepper."""
+    """Until all have ended: answers to a prompt with a common prefix are one row of the stepper."""
     V = len(stepper.head)
     reader = prompt_of                                 # (rows,) the stepper's row of each answer
     for t in range(1, answers.tokens.shape[1]):
@@ -133,10 +135,9 @@ def decode_shared(stepper, answers, prompt_of, temperature, P):
             break
         answers.keep(growing)
         # Two answers stay together if they had one reader and drew one token: pairs as one integer.
-        pairs = reader[growing] * V + answers.newest
-        pairs, reader = torch.unique(pairs, return_inverse=True)
+        pairs, reader = torch.unique(reader[growing] * V + answers.newest, return_inverse=True)
         stepper.keep(pairs // V)
-        hidden = stepper.step(pairs % V, P + t)        # (different beginnings, D)
+        hidden = stepper.step(pairs % V, P + t)        # (different prefixes, D)
         answers.extend(stepper.logits(hidden[reader], temperature))
 
 
@@ -168,17 +169,14 @@ def decode_apart(stepper, answers, prompt_of, temperature, P):
 
 
 def can_be_captured(stepper):
-    """Whether every decode step launches the same kernels on the same memory, on a GPU: a window
-    moves on from step to step, a captured one would not."""
+    """Whether a decode step can be a CUDA graph. A window moves on, a captured one would not."""
     return stepper.slot.is_cuda and not any(stepper.windows)
 
 
 def capture(step, state):
-    """`step`, which launches some hundred small kernels, as one CUDA graph -> a function that runs
-    it.
-
-    step reads and writes the same tensors each time. Of these, `state` must come back from the
-    trial run as they were; the others are written with the same values again.
+    """`step`, some hundred small kernels on the same tensors each time, as one CUDA graph -> a
+    function that runs it. The trial run's traces in `state` are undone; all other tensors are
+    written with the same values again.
     """
     before, stream = [x.clone() for x in state], torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -194,52 +192,41 @@ def capture(step, state):
 
 
 def draw(probs, uniform):
-    """One index a row, by inverting the distribution function: the first whose cumulated
-    probability exceeds u. probs (N, V); uniform (N,) in [0, 1) -> (N,).
-
-    u is scaled by the last cumulated value, which fp32 rounding leaves near 1 and not at it.
-    """
+    """One index per row, by inverting the distribution function: the first whose cumulated
+    probability exceeds u. probs (N, V); uniform (N,) in [0, 1) -> (N,)."""
     cumulated = probs.cumsum(-1)
-    target = uniform[:, None] * cumulated[:, -1:]
+    target = uniform[:, None] * cumulated[:, -1:]      # in fp32 they do not quite add up to 1
     return torch.searchsorted(cumulated, target, right=True)[:, 0].clamp(max=probs.shape[-1] - 1)
 
 
-class FusedBlock(NamedTuple):
-    """One block's weights as a Stepper reads them; a bias or norm that the model lacks is None."""
-    qkv: torch.Tensor                  # ((heads + 2 kv_heads) head_dim, D), times the norm
-    qkv_bias: Optional[torch.Tensor]
-    qk_norm: Optional[torch.Tensor]    # (heads + kv_heads, head_dim)
-    out: torch.Tensor
-    out_bias: Optional[torch.Tensor]
-    gate_up: torch.Tensor              # (2 inner, D), times the norm
-    gate_up_bias: Optional[torch.Tensor]
-    down: torch.Tensor
-    down_bias: Optional[torch.Tensor]
+class FusedBlock:
+    """The weights of a policy's Block in `dtype`, as a Stepper reads them; None for a bias or a
+    norm of queries and keys that the model lacks."""
 
+    def __init__(self, block, dtype):
+        def stack(*linears, norm=None):
+            weight = torch.cat([linear.weight for linear in linears])     # (sum of outputs, inputs)
+            weight = weight if norm is None else weight * norm.weight
+            biased = linears[0].bias is not None
+            bias = torch.cat([linear.bias for linear in linears]).to(dtype) if biased else None
+            return weight.to(dtype), bias
 
-def fuse(block, dtype):
-    """A policy's Block -> FusedBlock in `dtype`."""
-    attention, mlp, qk_norm = block.self_attn, block.mlp, None
-
-    def stack(*linears, norm=None):
-        weight = torch.cat([linear.weight for linear in linears])         # (sum of outputs, inputs)
-        weight = weight if norm is None else weight * norm.weight
-        biased = linears[0].bias is not None
-        bias = torch.cat([linear.bias for linear in linears]).to(dtype) if biased else None
-        return weight.to(dtype), bias
-
-    if hasattr(attention, "q_norm"):
-        heads = attention.q_proj.weight.shape[0] // attention.head_dim
-        kv_heads = attention.k_proj.weight.shape[0] // attention.head_dim
-        qk_norm = torch.cat([attention.q_norm.weight.expand(heads, -1),
-                             attention.k_norm.weight.expand(kv_heads, -1)]).to(dtype)
-    qkv = stack(attention.q_proj, attention.k_proj, attention.v_proj, norm=block.input_layernorm)
-    gate_up = stack(mlp.gate_proj, mlp.up_proj, norm=block.post_attention_layernorm)
-    return FusedBlock(*qkv, qk_norm, *stack(attention.o_proj), *gate_up, *stack(mlp.down_proj))
+        attention, mlp, self.qk_norm = block.self_attn, block.mlp, None
+        qkv = attention.q_proj, attention.k_proj, attention.v_proj
+        self.qkv, self.qkv_bias = stack(*qkv, norm=block.input_layernorm)
+        if hasattr(attention, "q_norm"):
+            heads, kv_heads = (len(x.weight) // attention.head_dim for x in qkv[:2])
+            q_norm = attention.q_norm.weight.expand(heads, -1)
+            k_norm = attention.k_norm.weight.expand(kv_heads, -1)
+            self.qk_norm = torch.cat([q_norm, k_norm]).to(dtype)            # (heads + kv_heads, ..)
+        self.out, self.out_bias = stack(attention.o_proj)
+        self.gate_up, self.gate_up_bias = stack(mlp.gate_proj, mlp.up_proj,
+                                                norm=block.post_attention_layernorm)
+        self.down, self.down_bias = stack(mlp.down_proj)
 
 
 class Stepper:
-    """`Policy.forward` for one token a row, on plain tensors: where sampling spends its time.
+    """`Policy.forward` for one token per row, on plain tensors: where sampling spends its time.
 
     The same mathematics in fewer operations: q, k and v are one product, gate and up another; a
     norm's weight is folded into the matrix that reads it, a residual is added by the product before
@@ -256,8 +243,8 @@ class Stepper:
         self.windows = [None if w is None or w >= S else w for w in policy.windows]
         self.embedding, self.norm = policy.model.embed_tokens.weight, policy.model.norm
         self.head = policy.head.to(dtype) if device.type == "cuda" else policy.head
-        self.layers = [fuse(block, dtype) for block in policy.model.layers]
-        # The prompts' keys and values with room for answers: (B kv_heads, S, head_dim) a layer.
+        self.layers = [FusedBlock(block, dtype) for block in policy.model.layers]
+        # The prompts' keys and values with room for answers: (B kv_heads, S, head_dim) per layer.
         self.keys = [F.pad(k, (0, 0, 0, room)).flatten(0, 1) for k in cache.keys]
         self.values = [F.pad(v, (0, 0, 0, room)).flatten(0, 1) for v in cache.values]
         angles = torch.arange(S, device=device)[:, None] * policy.inv_freq  # (S, head_dim / 2)
@@ -271,7 +258,7 @@ class Stepper:
         self.slot = torch.tensor([cache.length], device=device)    # where the next keys go
 
     def step(self, token, span):
-        """Read one token a row, (B,), looking at the first `span` slots -> hidden (B, D)."""
+        """Read one token per row, (B,), looking at the first `span` slots -> hidden (B, D)."""
         B, H, KV, size = len(token), self.heads, self.kv_heads, self.head_dim
         position = self.slot - self.padding                                 # (B,)
         cos, sin = self.cos[position][:, None], self.sin[position][:, None]     # (B, 1, head_dim)
@@ -305,7 +292,7 @@ class Stepper:
         return logits_of(*operands(hidden, self.head), temperature)
 
     def keep(self, rows):
-        """Go on with these rows only, any of them once or more."""
+        """Go on with these rows alone, each of them once or several times."""
         if torch.equal(rows, torch.arange(len(self.padding), device=rows.device)):
             return
         self.keys = [self.of_rows(k, rows) for k in self.keys]
@@ -323,28 +310,26 @@ class Templated(str):
     """A prompt that a chat template wrote: all its special tokens are there, none may be added."""
 
 
+# Some templates write today's date, and a run that goes on tomorrow would ask something else. They
+# are given one day instead, that of Llama 3's own template, by a macro in the function's place.
+SAME_DAY = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}{{ '' }}"
+
+
 def chat(tokenizer, system, text, style):
     """What a user writes, wrapped by the tokenizer's chat template; as it is for style "bare" or
-    where there is no template. ValueError if the template fails."""
+    where there is no template. UserError if the template fails."""
     if style == "bare" or not tokenizer.chat_template:
         return text
     user = {"role": "user", "content": text}
     both = {"role": "user", "content": f"{system}\n\n{text}"}
     for turns in [{"role": "system", "content": system}, user], [both]:
         try:                                           # some templates refuse a system turn
-            template = tokenizer.get_chat_template()
-            if "strftime_now" in template:
-                template = SAME_DAY + template
+            template = SAME_DAY + tokenizer.get_chat_template()
             return Templated(tokenizer.apply_chat_template(
                 turns, chat_template=template, tokenize=False, add_generation_prompt=True))
         except Exception as error:                     # a template may raise anything
             failure = f"{type(error).__name__}: {error}"
-    raise ValueError(f"the tokenizer's chat template fails ({failure}).")
-
-
-# Some templates write today's date, and a run that goes on tomorrow would ask something else. They
-# are given one day instead, that of Llama 3's own template, by a macro in the function's place.
-SAME_DAY = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}{{ '' }}"
+    raise UserError(f"the tokenizer's chat template fails ({failure}).")
 
 
 def encode(tokenizer, prompts, device):
@@ -358,12 +343,9 @@ def encode(tokenizer, prompts, device):
 
 
 def texts_of(tokenizer, answers):
-    """Lists of token ids -> texts in which every token shows: an answer may hide nothing from its
-    judge, because smoothing pays for unlikely tokens.
-
-    Special tokens stay, and an id that the model has and the tokenizer has not (Qwen2.5: 271 of
-    151,936) is written as <|id|>.
-    """
+    """Lists of token ids -> texts in which every token shows: an answer may hide nothing from the
+    verifier, because smoothing pays for unlikely tokens. Special tokens stay, and an id that the
+    model has and the tokenizer has not (Qwen2.5: 271 of 151,936) is written as <|id|>."""
     drawn = {i for ids in answers for i in ids}
     nameless = {i for i in drawn if not tokenizer.convert_ids_to_tokens(i)}
     texts = []
@@ -381,19 +363,18 @@ def join(rollouts, pad):
     P = max(r.prompt_mask.shape[1] for r in rollouts)
     T = max(r.mask.shape[1] for r in rollouts)
 
-    def left(x, value):
-        return F.pad(x, (P - x.shape[1], 0), value=value)
+    def left(tensors, value):
+        return torch.cat([F.pad(x, (P - x.shape[1], 0), value=value) for x in tensors])
 
-    def right(x, value):
-        return F.pad(x, (0, T - x.shape[1]), value=value)
+    def right(tensors, value):
+        return torch.cat([F.pad(x, (0, T - x.shape[1]), value=value) for x in tensors])
 
-    prompt = torch.cat([left(r.tokens[:, :r.prompt_mask.shape[1]], pad) for r in rollouts])
-    response = torch.cat([right(r.response, pad) for r in rollouts])
+    prompt = left([r.tokens[:, :r.prompt_mask.shape[1]] for r in rollouts], pad)
+    response = right([r.response for r in rollouts], pad)
     return Rollout(
-        tokens=torch.cat([prompt, response], dim=1),
-        prompt_mask=torch.cat([left(r.prompt_mask, False) for r in rollouts]), response=response,
-        mask=torch.cat([right(r.mask, False) for r in rollouts]),
-        logp=torch.cat([right(r.logp, 0.0) for r in rollouts]),
+        tokens=torch.cat([prompt, response], dim=1), response=response,
+        prompt_mask=left([r.prompt_mask for r in rollouts], False),
+        mask=right([r.mask for r in rollouts], False), logp=right([r.logp for r in rollouts], 0.0),
         texts=[text for r in rollouts for text in r.texts],
         finished=torch.cat([r.finished for r in rollouts]))
 
