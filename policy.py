@@ -580,19 +580,10 @@ def load(name_or_path, device="cpu", dtype=torch.float32, stop=()):
     read, and no code that comes with a checkpoint is run. UserError for a missing or damaged
     checkpoint, for what is not one of FAMILIES or quantised, and for weights that do not fit.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.utils import logging
-    logging.set_verbosity_error()                      # what is wrong is said here
-    if Path(name_or_path).is_dir():                    # a download needs its bar
-        logging.disable_progress_bar()
-    config = readable(
-        f"the config.json of '{name_or_path}' (a folder here, or a name on the hub)",
-        lambda: AutoConfig.from_pretrained(name_or_path, trust_remote_code=False))
+    from transformers import AutoModelForCausalLM
+    config = load_config(name_or_path)
     with torch.device("meta"):                         # without memory; the loaded tensors go in
         policy = Policy(config)
-    if getattr(config, "quantization_config", None):
-        raise UserError(f"'{name_or_path}' is quantised; only fp32, bf16 and fp16 weights can be "
-                        "trained here.")
     tokenizer = load_tokenizer(name_or_path)
     if len(tokenizer) > config.vocab_size:
         raise UserError(f"'{name_or_path}' is mixed up: its tokenizer has {len(tokenizer)} tokens, "
@@ -614,6 +605,23 @@ def load(name_or_path, device="cpu", dtype=torch.float32, stop=()):
     more = stop_tokens(name_or_path, tokenizer, stop)
     policy.stop_ids = sorted(ids_of(config.eos_token_id) | more)
     return policy.to(device), tokenizer
+
+
+def load_config(name_or_path):
+    """The config of a checkpoint; UserError where it is missing, damaged, or of quantised weights.
+    """
+    from transformers import AutoConfig
+    from transformers.utils import logging
+    logging.set_verbosity_error()                      # what is wrong is said here
+    if Path(name_or_path).is_dir():                    # a download needs its bar
+        logging.disable_progress_bar()
+    config = readable(
+        f"the config.json of '{name_or_path}' (a folder here, or a name on the hub)",
+        lambda: AutoConfig.from_pretrained(name_or_path, trust_remote_code=False))
+    if getattr(config, "quantization_config", None):
+        raise UserError(f"'{name_or_path}' is quantised; only fp32, bf16 and fp16 weights can be "
+                        "trained here.")
+    return config
 
 
 def load_tokenizer(name_or_path):
