@@ -1,7 +1,8 @@
 """Measurement: the estimator against enumeration, the table against hand-counted answers.
 
-Bugs killed here: biased plug-in estimate, counts pooled over problems, an interval over samples instead of problems, unpaired
-gains, wrong or unparsable answers counted as distinct, diversity with self-pairs.
+Bugs killed here: biased plug-in estimate, counts pooled over problems, an interval over samples
+instead of problems, unpaired gains, wrong or unparsable answers counted as distinct, diversity with
+self-pairs.
 """
 import itertools
 import json
@@ -24,10 +25,12 @@ core, care = pytest.mark.core, pytest.mark.care       # with the function that a
 @pytest.mark.parametrize("n", [1, 2, 5, 8])
 def test_pass_at_k_is_the_share_of_subsets_with_a_correct_answer(n):
     for c, k in itertools.product(range(n + 1), range(1, n + 1)):
-        hits = [min(subset) < c for subset in itertools.combinations(range(n), k)]      # answers 0..c-1 are correct
+        # answers 0..c-1 are correct
+        hits = [min(subset) < c for subset in itertools.combinations(range(n), k)]
         bugs = {"the plug-in 1 - (1 - c/n)^k, which is biased": 1 - (1 - c / n) ** k,
                 "every correct answer drawn by itself, 1 - (1 - k/n)^c": 1 - (1 - k / n) ** c}
-        check(f"pass_at_k({n}, {c}, {k})", evaluation.pass_at_k(n, c, k), sum(hits) / len(hits), 1e-12, 1e-12, bugs)
+        check(f"pass_at_k({n}, {c}, {k})", evaluation.pass_at_k(n, c, k),
+              sum(hits) / len(hits), 1e-12, 1e-12, bugs)
 
 
 def test_pass_at_k_worked_numbers():
@@ -41,7 +44,8 @@ def test_pass_at_k_worked_numbers():
 
 
 def test_record_counts_what_a_reader_would_count():
-    """4 7 2 9 -> 24. Two spellings of one answer, a second answer, a wrong one and one that does not parse."""
+    """4 7 2 9 -> 24. Two spellings of one answer, a second answer, a wrong one and one that does
+    not parse."""
     task, problem = Countdown(), Problem((4, 7, 2, 9), 24)
     texts = ["2*(9+7-4)", "(7+9-4)*2", "2*(9+7-4)", "(9-7)*4*2", "9+7+4+2", "24", "((", "4*(9-7)*2"]
     right = [text for text in texts if task.reward(problem, text)]
@@ -62,13 +66,17 @@ def test_sigma_is_the_chance_that_two_correct_samples_differ():
     pairs = list(itertools.permutations(forms, 2))
     record = evaluation.record(task, problem, [(text, 6, 1.0, True) for text in texts])
     assert record["sigma"] == pytest.approx(sum(a != b for a, b in pairs) / len(pairs))
-    assert evaluation.record(task, problem, [("1+2+3", 6, 1.0, True)])["sigma"] is None, "one correct answer has no pairs"
-    assert evaluation.record(task, problem, 2 * [("1+2+3", 6, 1.0, True)])["sigma"] == 0.0, "two have one"
+    assert evaluation.record(task, problem, [("1+2+3", 6, 1.0, True)])["sigma"] is None, \
+        "one correct answer has no pairs"
+    assert evaluation.record(task, problem, 2 * [("1+2+3", 6, 1.0, True)])["sigma"] == 0.0, \
+        "two have one"
 
 
 def fake(counts, n=8):
-    return [{"n": n, "c": c, "distinct": c, "as_text": c, "sigma": 0.5 if c > 1 else None, "parsed": 1.0,
-             "finished": 1.0, "tokens": 5.0, "nats": 3.0} for c in counts]
+    return [{
+        "n": n, "c": c, "distinct": c, "as_text": c, "sigma": 0.5 if c > 1 else None, "parsed": 1.0,
+        "finished": 1.0, "tokens": 5.0, "nats": 3.0
+    } for c in counts]
 
 
 def test_summary_averages_over_problems_last():
@@ -80,13 +88,15 @@ def test_summary_averages_over_problems_last():
 
 
 def test_intervals_are_over_problems_and_gains_are_paired():
-    """300 problems that differ much, and a second model better by one answer on each: the gain is the same everywhere."""
+    """300 problems that differ much, and a second model better by one answer on each: the gain is
+    the same everywhere."""
     counts = np.random.default_rng(0).integers(0, 8, 300).tolist()
     result = evaluation.summary({"a": fake(counts), "b": fake([c + 1 for c in counts])})
     one, gain = result["a"]["Pass@1"], result["b"]["Pass@1"]["gain"]
-    spread = np.std(counts) / 8 * 100 / math.sqrt(300)                          # standard error over problems
+    spread = np.std(counts) / 8 * 100 / math.sqrt(300)  # standard error over problems
     assert one["high"] - one["low"] == pytest.approx(2 * 1.96 * spread, rel=0.15)
-    assert gain["mean"] == gain["low"] == gain["high"] == 12.5, "unpaired resampling would give this gain an interval"
+    assert gain["mean"] == gain["low"] == gain["high"] == 12.5, \
+        "unpaired resampling would give this gain an interval"
 
 
 def test_the_table_names_every_model_and_measure():
@@ -101,22 +111,32 @@ def test_the_table_names_every_model_and_measure():
 
 def test_the_chart_has_every_curve():
     """Three letters, one a k each; the better model stands higher."""
-    text = evaluation.chart(evaluation.summary({"base": fake([0, 1, 2]), "mine": fake([8, 8, 8]), "none": fake([0, 0, 0])}))
+    text = evaluation.chart(
+        evaluation.summary(
+            {"base": fake([0, 1, 2]), "mine": fake([8, 8, 8]), "none": fake([0, 0, 0])}))
     grid = [line.partition("|")[2] for line in text.splitlines() if "|" in line]
     assert sum(line.count("a") for line in grid) == sum(line.count("b") for line in grid) == 4
     assert grid[0].count("b") == 4, "100 % at every k is the top line"
     assert grid[-1].count("c") == 4, "and 0 % the lowest"
-    places = {letter: sorted(i for line in grid for i, x in enumerate(line) if x == letter) for letter in "abc"}
-    assert places == {"a": [0, 6, 12, 18], "b": [1, 7, 13, 19], "c": [2, 8, 14, 20]}, "side by side, above their k"
-    assert text.splitlines()[-2].split() == ["k", "1", "2", "4", "8"] and "a base, b mine, c none" in text
+    places = {
+        letter: sorted(i for line in grid for i, x in enumerate(line) if x == letter)
+        for letter in "abc"
+    }
+    assert places == {"a": [0, 6, 12, 18], "b": [1, 7, 13, 19], "c": [2, 8, 14, 20]}, \
+        "side by side, above their k"
+    assert text.splitlines()[-2].split() == ["k", "1", "2", "4", "8"]
+    assert "a base, b mine, c none" in text
 
 
 @pytest.mark.parametrize("temperatures, n", [((1.0,), 8), ((0.4, 1.0), 8), ((0.4, 1.0), 128)])
 def test_a_picture_has_plain_ticks_a_legend_and_a_title(tmp_path, temperatures, n, monkeypatch):
     pytest.importorskip("matplotlib").use("Agg")
     import matplotlib.pyplot as plt
-    monkeypatch.setattr(plt, "close", lambda figure: None)                      # so that it can be looked at
-    some = {T: evaluation.summary({"base": fake([0, 1, 2], n), "mine": fake([2, 5, 8], n)}) for T in temperatures}
+    monkeypatch.setattr(plt, "close", lambda figure: None)  # so that it can be looked at
+    some = {
+        T: evaluation.summary({"base": fake([0, 1, 2], n), "mine": fake([2, 5, 8], n)})
+        for T in temperatures
+    }
     evaluation.plot(some, tmp_path / "x.png", "Countdown")
     axes = plt.gcf().axes[0]
     assert (tmp_path / "x.png").stat().st_size > 5000 and axes.get_title() == "Countdown"
@@ -125,7 +145,8 @@ def test_a_picture_has_plain_ticks_a_legend_and_a_title(tmp_path, temperatures, 
         assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "2", "4", "8"]
     else:
         assert axes.get_xlabel() == "Pass@1 (%)" and axes.get_ylabel() == f"Pass@{min(n, 64)} (%)"
-        assert sorted(text.get_text() for text in axes.texts) == ["T 0.4", "T 0.4", "T 1.0", "T 1.0"]
+        assert sorted(text.get_text()
+                      for text in axes.texts) == ["T 0.4", "T 0.4", "T 1.0", "T 1.0"]
 
 
 def test_evaluate_ends_in_one_record_a_problem_for_any_batching():
@@ -133,7 +154,8 @@ def test_evaluate_ends_in_one_record_a_problem_for_any_batching():
     task = Countdown(counts=(2,), high=9, targets=(1, 20))
     problems = task.held_out_problems(3)
     for rows in (1, 4, 5, 1000):
-        records = evaluation.evaluate(policy, tokenizer, task, problems, 5, 6, generator=torch.Generator(), rows=rows)
+        records = evaluation.evaluate(policy, tokenizer, task, problems, 5, 6,
+                                      generator=torch.Generator(), rows=rows)
         assert [tuple(r["problem"]) for r in records] == [tuple(p) for p in problems]
         assert all(r["n"] == 5 for r in records), f"rows={rows}"
 
@@ -146,9 +168,12 @@ def test_command_line(tmp_path, capsys):
     assert evaluation.main([str(tmp_path / "model"), *flags]) == 0
     assert "Pass@4" in capsys.readouterr().out
     assert len(json.loads(out.read_text())["records"]["0.7"]["model"]) == 3
-    for bad, says in ((["nowhere/at/all"], "neither a folder here"), ([str(tmp_path / "model"), "--n", "0"], "--n"),
-                      ([str(tmp_path)], "config.json"), ([str(tmp_path / "model"), "--task", "math"], "--data"),
-                      ([str(tmp_path / "model"), "--task", "math", "--data", "no.jsonl"], "no.jsonl")):
+    for bad, says in ((["nowhere/at/all"],
+                       "neither a folder here"), ([str(tmp_path / "model"), "--n",
+                                                   "0"], "--n"), ([str(tmp_path)], "config.json"),
+                      ([str(tmp_path / "model"), "--task", "math"], "--data"),
+                      ([str(tmp_path / "model"), "--task", "math", "--data",
+                        "no.jsonl"], "no.jsonl")):
         assert evaluation.main([*bad, *(flags if "--n" not in bad else flags[2:])]) == 2
         error = capsys.readouterr().err
         assert says in error and error.count("\n") == 1, error
@@ -158,37 +183,50 @@ def test_several_temperatures_give_a_table_each_and_flags_may_be_spelt_either_wa
     policy, tokenizer = policy_module.tiny(width=32, layers=1, heads=2, kv_heads=1, inner=32)
     policy_module.save(policy, tokenizer, tmp_path / "model")
     out = tmp_path / "out.json"
-    assert evaluation.main([str(tmp_path / "model"), "--samples", "2", "--problems", "3", "--json", str(out), "--device", "cpu",
-                            "--temperatures", "0.5", "1.5", "--max_new_tokens=6"]) == 0
+    assert evaluation.main([
+        str(tmp_path / "model"), "--samples", "2", "--problems", "3", "--json",
+        str(out), "--device", "cpu", "--temperatures", "0.5", "1.5", "--max_new_tokens=6"
+    ]) == 0
     text, written = capsys.readouterr().out, json.loads(out.read_text())
     assert text.count("Pass@2") == 2 and "temperature 0.5," in text and "temperature 1.5," in text
-    hot, cold = (np.mean([r["nats"] for r in written["records"][T]["model"]]) for T in ("1.5", "0.5"))
+    hot, cold = (np.mean([r["nats"] for r in written["records"][T]["model"]])
+                 for T in ("1.5", "0.5"))
     assert hot > cold and written["flags"]["max_new_tokens"] == 6
 
 
 def test_the_title_of_a_picture_says_what_was_measured(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
-    policy_module.save(*policy_module.tiny(width=32, layers=1, heads=2, kv_heads=1, inner=32), tmp_path / "model")
+    policy_module.save(*policy_module.tiny(width=32, layers=1, heads=2, kv_heads=1, inner=32),
+                       tmp_path / "model")
     titles = []
     monkeypatch.setattr(evaluation, "plot", lambda summaries, file, title: titles.append(title))
     for temperatures in (["0.5"], ["0.5", "1.5"]):
-        assert evaluation.main([str(tmp_path / "model"), "--n", "2", "--problems", "3", "--max-new-tokens", "4", "--device", "cpu",
-                                "--json", str(tmp_path / "x.json"), "--plot", str(tmp_path / "x.png"),
-                                "--temperatures", *temperatures]) == 0
+        assert evaluation.main([
+            str(tmp_path / "model"), "--n", "2", "--problems", "3", "--max-new-tokens", "4",
+            "--device", "cpu", "--json",
+            str(tmp_path / "x.json"), "--plot",
+            str(tmp_path / "x.png"), "--temperatures", *temperatures
+        ]) == 0
     assert titles == ["countdown, 3 problems, 2 samples, T 0.5", "countdown, 3 problems, 2 samples"]
 
 
 def test_what_is_left_out_of_a_file_is_said_once(tmp_path, capsys):
     """Of two models one asks as the other does; a file without such problems is not spoken of."""
-    policy, tokenizer = policy_module.tiny(width=32, layers=1, heads=2, kv_heads=1, inner=32)     # a context of 512
+    # a context of 512
+    policy, tokenizer = policy_module.tiny(width=32, layers=1, heads=2, kv_heads=1, inner=32)
     models, data = [tmp_path / "one", tmp_path / "two"], tmp_path / "data.jsonl"
     for folder in models:
         policy_module.save(policy, tokenizer, folder)
     fits, too_long = ({"problem": "1" * n, "answer": "2"} for n in (9, 600))
-    for lines, said in (([fits, too_long], f"{data}: 1 problems are left out: prompts over 508 tokens.\n"), ([fits], "")):
+    for lines, said in (([fits, too_long],
+                         f"{data}: 1 problems are left out: prompts over 508 tokens.\n"), ([fits],
+                                                                                           "")):
         data.write_text("\n".join(map(json.dumps, lines)))
-        assert evaluation.main([*map(str, models), "--task", "math", "--data", str(data), "--n", "1", "--max-new-tokens", "4",
-                                "--device", "cpu", "--json", str(tmp_path / "x.json")]) == 0
+        assert evaluation.main([
+            *map(str, models), "--task", "math", "--data",
+            str(data), "--n", "1", "--max-new-tokens", "4", "--device", "cpu", "--json",
+            str(tmp_path / "x.json")
+        ]) == 0
         assert capsys.readouterr().out.startswith(said + "1 held-out problems, 1 samples each")
 
 
@@ -196,7 +234,8 @@ def test_help_names_the_defaults_that_there_are(capsys):
     with pytest.raises(SystemExit):
         evaluation.parse(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "answers a problem;" in text and "(default: 128)" in text and "default: None" not in text and "SUPPRESS" not in text
+    assert "answers a problem;" in text and "(default: 128)" in text and "default: None" not in text
+    assert "SUPPRESS" not in text
 
 
 def test_a_file_is_there_whole_or_not_at_all(tmp_path):
@@ -243,9 +282,11 @@ def test_a_fingerprint_tells_files_and_models_apart(tmp_path):
     policy_module.save(policy, tokenizer, tmp_path / "same")
     next(policy.parameters()).data[0] += 1
     policy_module.save(policy, tokenizer, tmp_path / "other")
-    one, same, other = (evaluation.fingerprint(tmp_path / name) for name in ("one", "same", "other"))
+    one, same, other = (evaluation.fingerprint(tmp_path / name)
+                        for name in ("one", "same", "other"))
     assert one == same != other
-    assert evaluation.fingerprint("owner/model") == "owner/model", "what is no path here stands for itself"
+    assert evaluation.fingerprint("owner/model") == "owner/model", \
+        "what is no path here stands for itself"
 
 
 def test_a_fingerprint_reads_all_of_a_file_and_a_megabyte_of_weights(tmp_path):
@@ -253,30 +294,37 @@ def test_a_fingerprint_reads_all_of_a_file_and_a_megabyte_of_weights(tmp_path):
         data = bytearray(2 << 20)
         data[changed] = 1
         (tmp_path / "model.safetensors").write_bytes(data)
-        return evaluation.fingerprint(tmp_path / "model.safetensors"), evaluation.fingerprint(tmp_path)
+        return evaluation.fingerprint(tmp_path /
+                                      "model.safetensors"), evaluation.fingerprint(tmp_path)
 
     files, folders = zip(*map(marks, (0, (1 << 20) - 1, 1 << 20, -1)))
     assert len(set(files)) == 4 and len(set(folders)) == 3 and folders[2] == folders[3]
 
 
-# --------------------------------------------- for those who write the estimator themselves: failures that know the mistake
+# --------------------- for those who write the estimator themselves: failures that know the mistake
+
 
 @core("pass_at_k")
-@pytest.mark.parametrize("n, c, k, right", [(10, 3, 5, 1 - 21 / 252), (4, 1, 2, 0.5), (10, 3, 1, 0.3), (8, 6, 4, 1),
-                                            (8, 1, 4, 0.5), (5, 0, 3, 0), (5, 5, 2, 1), (6, 2, 6, 1)])
+@pytest.mark.parametrize("n, c, k, right", [(10, 3, 5, 1 - 21 / 252), (4, 1, 2, 0.5),
+                                            (10, 3, 1, 0.3), (8, 6, 4, 1), (8, 1, 4, 0.5),
+                                            (5, 0, 3, 0), (5, 5, 2, 1), (6, 2, 6, 1)])
 def test_pass_at_k_by_hand(n, c, k, right):
-    bugs = {"the plug-in 1 - (1 - c/n)^k, which is biased": 1 - (1 - c / n) ** k, "k times c/n": k * c / n,
-            "the chance that all k are correct": math.comb(c, k) / math.comb(n, k),
-            "the chance that none of the k is correct": 1 - right,
-            "the chance that exactly one of the k is correct": c * math.comb(n - c, k - 1) / math.comb(n, k),
-            "c/n whatever k is": c / n, "n and k exchanged in C(n, k)": 1 - math.comb(n - c, k)}
+    bugs = {
+        "the plug-in 1 - (1 - c/n)^k, which is biased": 1 - (1 - c / n)**k, "k times c/n":
+        k * c / n, "the chance that all k are correct": math.comb(c, k) / math.comb(n, k),
+        "the chance that none of the k is correct": 1 - right,
+        "the chance that exactly one of the k is correct":
+        c * math.comb(n - c, k - 1) / math.comb(n, k), "c/n whatever k is": c / n,
+        "n and k exchanged in C(n, k)": 1 - math.comb(n - c, k)
+    }
     check(f"pass_at_k({n}, {c}, {k})", evaluation.pass_at_k(n, c, k), right, bugs=bugs)
 
 
 @care("pass_at_k")
-@pytest.mark.parametrize("n, c, k, why", [(4, 1, 5, "k is larger than n, and no unbiased estimate exists"),
-                                          (4, 5, 1, "5 correct among 4 samples"), (4, 1, 0, "k is 0"),
-                                          (4, -1, 1, "c is negative")])
+@pytest.mark.parametrize("n, c, k, why",
+                         [(4, 1, 5, "k is larger than n, and no unbiased estimate exists"),
+                          (4, 5, 1, "5 correct among 4 samples"), (4, 1, 0, "k is 0"),
+                          (4, -1, 1, "c is negative")])
 def test_pass_at_k_refuses_what_cannot_be(n, c, k, why):
     try:
         got = evaluation.pass_at_k(n, c, k)
@@ -287,7 +335,8 @@ def test_pass_at_k_refuses_what_cannot_be(n, c, k, why):
 
 @care("pass_at_k")
 def test_pass_at_k_of_many_samples():
-    """C(100000, 1000) has 2,430 digits: integers of Python or a product can do it, floats cannot."""
+    """C(100000, 1000) has 2,430 digits: integers of Python or a product can do it, floats
+    cannot."""
     product = 1.0
     for i in range(100000 - 300 + 1, 100001):
         product *= 1 - 1000 / i
@@ -305,7 +354,8 @@ def test_pass_at_k_is_a_float():
 
 
 def test_an_answer_goes_to_its_problem(monkeypatch):
-    """A sampler that repeats its prompt: each problem must be judged on what was said to it, for any batching."""
+    """A sampler that repeats its prompt: each problem must be judged on what was said to it, for
+    any batching."""
     def echo(policy, tokenizer, prompts, G, *rest):
         at_once.append(len(prompts) * G)
         texts = [prompt for prompt in prompts for _ in range(G)]
@@ -315,23 +365,29 @@ def test_an_answer_goes_to_its_problem(monkeypatch):
     task = Countdown(counts=(2,))
     problems, heard, at_once = task.held_out_problems(3), [], []
     monkeypatch.setattr(evaluation, "sample", echo)
-    monkeypatch.setattr(evaluation, "record", lambda task, problem, answers: heard.append((problem, answers)))
+    monkeypatch.setattr(evaluation, "record", lambda task, problem, answers: heard.append(
+        (problem, answers)))
     for rows, batches in ((2, [2] * 6), (6, [4] * 3), (100, [12])):
         heard.clear(), at_once.clear()
-        evaluation.evaluate(None, SimpleNamespace(chat_template=None), task, problems, 4, 9, rows=rows)
+        evaluation.evaluate(None, SimpleNamespace(chat_template=None), task, problems, 4, 9,
+                            rows=rows)
         right = [(problem, [(task.prompt(problem), 3, 3.0, True)] * 4) for problem in problems]
-        claim(heard == right, f"rows={rows}: answers were judged against another problem, or some are missing")
-        claim(at_once == batches, f"rows={rows}: as many answers as fit go at once, {batches}, and not {at_once}")
+        claim(heard == right,
+              f"rows={rows}: answers were judged against another problem, or some are missing")
+        claim(at_once == batches,
+              f"rows={rows}: as many answers as fit go at once, {batches}, and not {at_once}")
 
 
 def test_processes_share_the_batches_out_and_draw_what_one_draws(monkeypatch):
-    """Three batches of two problems, two and one, for two processes; test_processes.py has real ones."""
+    """Three batches of two problems, two and one, for two processes; test_processes.py has real
+    ones."""
     policy, tokenizer = policy_module.tiny(width=32, layers=1, heads=2, kv_heads=1, inner=32)
     task, parts = Countdown(counts=(2,)), []
     problems = task.held_out_problems(5)
 
     def measured():
-        return evaluation.evaluate(policy, tokenizer, task, problems, 3, 6, 1.0, torch.Generator().manual_seed(0), rows=6)
+        return evaluation.evaluate(policy, tokenizer, task, problems, 3, 6, 1.0,
+                                   torch.Generator().manual_seed(0), rows=6)
 
     def gathered(out, mine):
         out[:] = [{}, mine]
@@ -343,35 +399,46 @@ def test_processes_share_the_batches_out_and_draw_what_one_draws(monkeypatch):
     for process in (0, 1):
         monkeypatch.setattr(evaluation, "rank", lambda: process)
         measured()
-    claim([sorted(part) for part in parts] == [[0, 2], [1]], f"batches were dealt out as {[sorted(part) for part in parts]}")
+    claim([sorted(part) for part in parts] == [[0, 2], [1]],
+          f"batches were dealt out as {[sorted(part) for part in parts]}")
     whole = parts[0] | parts[1]
-    claim([one for number in sorted(whole) for one in whole[number]] == alone, "a batch's answers depend on who draws it")
+    claim([one for number in sorted(whole) for one in whole[number]] == alone,
+          "a batch's answers depend on who draws it")
 
 
 def trained(folder, **flags):
     """A run's folder, as far as its flags and the place of its model go."""
     (folder / "model").mkdir(parents=True)
-    own = {"task": "countdown", "prompt": "bare", "counts": [4], "high": 9, "targets": [1, 60], "max_new_tokens": 24}
+    own = {
+        "task": "countdown", "prompt": "bare", "counts": [4], "high": 9, "targets": [1, 60],
+        "max_new_tokens": 24
+    }
     (folder / "flags.json").write_text(json.dumps(own | flags))
     return str(folder)
 
 
 def test_open_flags_are_those_of_the_runs(tmp_path):
-    one, alike, other = (trained(tmp_path / name, high=high) for name, high in (("one", 7), ("alike", 7), ("other", 8)))
+    one, alike, other = (trained(tmp_path / name, high=high)
+                         for name, high in (("one", 7), ("alike", 7), ("other", 8)))
     args = evaluation.parse([one, "owner/model", alike])
     folders, runs = evaluation.task_of_runs(args)
-    assert folders == {one: tmp_path / "one" / "model", "owner/model": "owner/model", alike: tmp_path / "alike" / "model"}
-    assert set(runs) == {one, alike} and (args.task, args.prompt, args.counts, args.high) == ("countdown", "bare", [4], 7)
+    assert folders == {
+        one: tmp_path / "one" / "model", "owner/model": "owner/model", alike:
+        tmp_path / "alike" / "model"
+    }
+    assert set(runs) == {one, alike}
+    assert (args.task, args.prompt, args.counts, args.high) == ("countdown", "bare", [4], 7)
     with pytest.raises(ValueError, match="high 8, a run before it with 7: say by --high"):
         evaluation.task_of_runs(evaluation.parse([one, other]))
     args = evaluation.parse([one, other, "--high", "5"])
     evaluation.task_of_runs(args)
     assert (args.high, args.targets) == (5, [1, 60]), "what was typed counts, and only that"
-    exam = trained(tmp_path / "math", task="math", prompt="boxed", counts=None, high=None, targets=None,
-                   data="a", eval_data="b")
+    exam = trained(tmp_path / "math", task="math", prompt="boxed", counts=None, high=None,
+                   targets=None, data="a", eval_data="b")
     args = evaluation.parse([exam])
     evaluation.task_of_runs(args)
-    assert (args.task, args.data, args.counts) == ("math", "b", None), "a run with an exam of its own is measured on that"
+    assert (args.task, args.data, args.counts) == ("math", "b", None), \
+        "a run with an exam of its own is measured on that"
     (tmp_path / "one" / "model").rmdir()
     with pytest.raises(ValueError, match="has no finished model yet"):
         evaluation.task_of_runs(evaluation.parse([one]))
@@ -380,7 +447,10 @@ def test_open_flags_are_those_of_the_runs(tmp_path):
     assert args.task == "countdown"
 
 
-@pytest.mark.parametrize("error", [torch.distributed.DistError("closed"), RuntimeError("[gloo/transport] Connection closed by peer")])
+@pytest.mark.parametrize("error", [
+    torch.distributed.DistError("closed"),
+    RuntimeError("[gloo/transport] Connection closed by peer")
+])
 def test_a_process_that_lost_another_says_so_and_alone_it_is_a_bug(error, monkeypatch):
     monkeypatch.setattr(evaluation, "world", lambda: 2)
     assert evaluation.explain(error) == "another process has ended, so this one ends, too."

@@ -1,12 +1,14 @@
-"""Runs that survive, inputs that bite: kills, signals, NaN, full disks, damaged files, odd batches, wrong flags.
+"""Runs that survive, inputs that bite: kills, signals, NaN, full disks, damaged files, odd batches,
+wrong flags.
 
-    python -m pytest -q tests/test_survival.py
-    python tests/test_survival.py 25                   # kill -9 a run at 25 random moments and print each (minutes)
+python -m pytest -q tests/test_survival.py python tests/test_survival.py 25                   # kill
+-9 a run at 25 random moments and print each (minutes)
 
-Bugs killed here: a resumed run that differs in one bit, a half-made base that is believed, --resume refused before the first
-checkpoint, a signal that loses the step or shows a traceback, a hint that is no command, a flipped bit or a cut file that is
-believed, a NaN that moves weights or optimiser or blames the wrong rows, a full disk that costs the checkpoint before, a bad
-flag told after hours or after files were written, runs measured on another run's task, an empty or one-sided batch that
+Bugs killed here: a resumed run that differs in one bit, a half-made base that is believed, --resume
+refused before the first checkpoint, a signal that loses the step or shows a traceback, a hint that
+is no command, a flipped bit or a cut file that is believed, a NaN that moves weights or optimiser
+or blames the wrong rows, a full disk that costs the checkpoint before, a bad flag told after hours
+or after files were written, runs measured on another run's task, an empty or one-sided batch that
 gives NaN, network traffic without a hub name, anything unpickled or executed.
 """
 import ast
@@ -27,7 +29,8 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))                 # for the script; pytest does it by itself
+# for the script; pytest does it by itself
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import eval as evaluation
 import losses
 import policy as policy_module
@@ -43,16 +46,23 @@ def checkpoints(folder):
     return [file.name for file in sorted((folder / "checkpoints").glob("*.safetensors"))]
 
 
-# -------------------------------------------------------------------------------------------------------------- kill -9
+# ------------------------------------------------------------------------------------------ kill -9
 
-RUN = [*TOY.split(), "--loss", "diffsmooth", "--warm-steps", "5", "--save-every", "2", "--name", "run"]
+RUN = [
+    *TOY.split(), "--loss", "diffsmooth", "--warm-steps", "5", "--save-every", "2", "--name", "run"
+]
 
 
 def launch(out, steps):
-    """The run as a process of its own: started, or gone on with once its folder says that it is one."""
+    """The run as a process of its own: started, or gone on with once its folder says that it is
+    one."""
     again = ["--resume"] if (out / "run" / "flags.json").is_file() else []
-    return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *RUN, "--out", str(out), "--steps", str(steps), *again],
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return subprocess.Popen([
+        sys.executable,
+        str(ROOT / "train.py"), *RUN, "--out",
+        str(out), "--steps",
+        str(steps), *again
+    ], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 def steps_logged(out):
@@ -60,7 +70,7 @@ def steps_logged(out):
     return max(0, len(log.read_text().splitlines()) - 1) if log.is_file() else 0
 
 
-MOMENTS = {                                            # name -> has it come? (out, steps logged when the process started)
+MOMENTS = {  # name -> has it come? (out, steps logged when the process started)
     "during the warm start": lambda out, before: (out / "base").is_dir(),
     "while the base is saved": lambda out, before: (out / "base" / "model.tmp").is_dir(),
     "before the first checkpoint": lambda out, before: (out / "run" / "flags.json").is_file(),
@@ -70,8 +80,10 @@ MOMENTS = {                                            # name -> has it come? (o
 
 
 def kill_at(moment, out, steps, rng):
-    """Launch, wait for the moment and a random while more, kill -9 -> what was found on disk; None if it finished before."""
-    before, delay = steps_logged(out), rng.uniform(0, 2.0 if moment in ("any time", "during the warm start") else 0.01)
+    """Launch, wait for the moment and a random while more, kill -9 -> what was found on disk; None
+    if it finished before."""
+    before, delay = steps_logged(out), rng.uniform(
+        0, 2.0 if moment in ("any time", "during the warm start") else 0.01)
     process = launch(out, steps)
     while not MOMENTS[moment](out, before):
         if process.poll() is not None:
@@ -82,16 +94,19 @@ def kill_at(moment, out, steps, rng):
     process.kill()
     process.wait()
     half = [file.name for file in [*out.glob("*/*.tmp"), *out.glob("*/checkpoints/*.tmp")]]
-    assert not (out / "base" / "model").is_dir() or (out / "base" / "flags.json").is_file(), "a base without its flags"
+    assert not (out / "base" / "model").is_dir() or (out / "base" / "flags.json").is_file(), \
+        "a base without its flags"
     return steps_logged(out), checkpoints(out / "run"), half
 
 
 def kill_and_resume(out, moments, steps, rng, say=lambda *line: None):
-    """Kill one run at each of the moments in turn, let it finish, and compare it with one that nobody disturbed."""
+    """Kill one run at each of the moments in turn, let it finish, and compare it with one that
+    nobody disturbed."""
     unbroken = launch(out / "unbroken", steps)
     for number, moment in enumerate(moments, 1):
         found = kill_at(moment, out / "broken", steps, rng)
-        assert found, f"the run was over before it could be killed for the {number}th time: give it more steps"
+        assert found, \
+            f"the run was over before it could be killed for the {number}th time: give it more steps"
         say(number, moment, *found)
     for process in (launch(out / "broken", steps), unbroken):
         text = process.communicate()[0].decode()
@@ -100,20 +115,26 @@ def kill_and_resume(out, moments, steps, rng, say=lambda *line: None):
     assert weights(one / "base") == weights(two / "base"), "the base differs from one made in peace"
     assert untimed(one, "run") == untimed(two, "run"), "the log differs from the unbroken run's"
     assert len(untimed(two, "run")) == steps
-    assert weights(one / "run") == weights(two / "run"), "the weights differ from the unbroken run's"
-    left = [sorted(file.name for file in (out / "run" / "checkpoints").iterdir()) for out in (one, two)]
-    assert left == [[f"{steps - 2:07d}.safetensors", f"{steps:07d}.safetensors"]] * 2, "not the last two, or something left over"
+    assert weights(one / "run") == weights(two / "run"), \
+        "the weights differ from the unbroken run's"
+    left = [
+        sorted(file.name for file in (out / "run" / "checkpoints").iterdir()) for out in (one, two)
+    ]
+    assert left == [[f"{steps - 2:07d}.safetensors", f"{steps:07d}.safetensors"]] * 2, \
+        "not the last two, or something left over"
 
 
 def test_killed_runs_go_on_bit_for_bit(tmp_path):
-    kill_and_resume(tmp_path, ["while the base is saved", "before the first checkpoint", "while a checkpoint is written"], 8,
-                    random.Random(0))
+    kill_and_resume(tmp_path, [
+        "while the base is saved", "before the first checkpoint", "while a checkpoint is written"
+    ], 8, random.Random(0))
 
 
 def test_resume_before_the_first_checkpoint_starts_the_same_run(base):
     assert go(base, "--loss", "grpo", "--steps", 3, "--name", "early") == 0
     before = untimed(base, "early"), weights(base / "early")
-    for left in ((), ("flags.json", "log.csv", "lock"), ("lock", "flags.json.tmp")):    # killed ever earlier
+    # killed ever earlier
+    for left in ((), ("flags.json", "log.csv", "lock"), ("lock", "flags.json.tmp")):
         for file in [file for file in (base / "early").iterdir() if file.name not in left]:
             shutil.rmtree(file) if file.is_dir() else file.unlink()
         again = ["--resume"] if "flags.json" in left else []
@@ -132,7 +153,7 @@ def test_a_finished_run_says_so(base, capsys):
     assert before == weights(base / "finished") and log == rows(base, "finished")
 
 
-# -------------------------------------------------------------------------------------------------------------- signals
+# ------------------------------------------------------------------------------------------ signals
 
 @pytest.fixture
 def signals():
@@ -159,7 +180,8 @@ def hint(text):
 
 
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
-def test_a_signal_ends_the_step_saves_and_names_the_command(base, sign, monkeypatch, capsys, signals):
+def test_a_signal_ends_the_step_saves_and_names_the_command(base, sign, monkeypatch, capsys,
+                                                            signals):
     flags = ("--loss", "grpo", "--steps", 5, "--save-every", 100)
     name = f"in 'two' halves {sign}"                   # the hint has to quote this
     assert go(base, *flags, "--name", f"whole{sign}") == 0
@@ -173,7 +195,8 @@ def test_a_signal_ends_the_step_saves_and_names_the_command(base, sign, monkeypa
     command = hint(text.out)
     if sign == signal.SIGINT:                          # once as a real shell would run it
         environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-        subprocess.run(shlex.join(command), shell=True, check=True, capture_output=True, env=environment)
+        subprocess.run(shlex.join(command), shell=True, check=True, capture_output=True,
+                       env=environment)
     else:
         assert train.main(command[2:]) == 0
     assert untimed(base, name) == untimed(base, f"whole{sign}")
@@ -181,14 +204,16 @@ def test_a_signal_ends_the_step_saves_and_names_the_command(base, sign, monkeypa
 
 
 def test_the_hint_under_torchrun_starts_this_machines_processes(monkeypatch):
-    """Pasted on each machine, the hint starts the run again: of 6 processes, 4 on the first machine and 2 on the second."""
+    """Pasted on each machine, the hint starts the run again: of 6 processes, 4 on the first machine
+    and 2 on the second."""
     def hinted(**environment):
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         return shlex.split(train.command(["--loss", "grpo"], "--resume"))
     run = [train.__file__, "--loss", "grpo", "--resume"]
     assert hinted() == [sys.executable, *run]
-    one = dict(WORLD_SIZE="4", LOCAL_WORLD_SIZE="4", GROUP_WORLD_SIZE="1", GROUP_RANK="0", MASTER_ADDR="first", MASTER_PORT="29511")
+    one = dict(WORLD_SIZE="4", LOCAL_WORLD_SIZE="4", GROUP_WORLD_SIZE="1", GROUP_RANK="0",
+               MASTER_ADDR="first", MASTER_PORT="29511")
     assert hinted(**one) == ["torchrun", "--nproc_per_node=4", *run]
     several = ["--rdzv_backend=static", "--master_addr=first", "--master_port=29511"]
     assert hinted(WORLD_SIZE="6", GROUP_WORLD_SIZE="2") == [
@@ -197,21 +222,27 @@ def test_the_hint_under_torchrun_starts_this_machines_processes(monkeypatch):
         "torchrun", "--nproc_per_node=2", "--nnodes=2", "--node_rank=1", *several, *run]
 
 
-def test_a_signal_in_the_warm_start_or_the_table_is_one_line(tmp_path, monkeypatch, capsys, signals):
-    flags = [*TOY.split(), "--loss", "grpo", "--steps", "1", "--warm-steps", "3", "--out", str(tmp_path), "--name", "run",
-             "--eval-problems", "2", "--eval-samples", "2"]
+def test_a_signal_in_the_warm_start_or_the_table_is_one_line(tmp_path, monkeypatch, capsys,
+                                                             signals):
+    flags = [
+        *TOY.split(), "--loss", "grpo", "--steps", "1", "--warm-steps", "3", "--out",
+        str(tmp_path), "--name", "run", "--eval-problems", "2", "--eval-samples", "2"
+    ]
     for sign, where in ((signal.SIGINT, "demonstrations"), (signal.SIGTERM, "demonstrations")):
         with monkeypatch.context() as patch:
             patch.setattr(train, where, raising(sign, getattr(train, where), at=2))
             assert train.main(flags) == 128 + sign
         error = capsys.readouterr().err
-        assert error.startswith("stopped before the first step; start again with: ") and error.count("\n") == 1, error
+        assert error.startswith("stopped before the first step; start again with: ")
+        assert error.count("\n") == 1, error
         assert hint(error)[2:] == flags
-        assert [file.name for file in tmp_path.rglob("*")] == ["base", "lock"], "something looks like a base or a run"
+        assert [file.name for file in tmp_path.rglob("*")] == ["base", "lock"], \
+            "something looks like a base or a run"
     for sign in (signal.SIGINT, signal.SIGTERM):
         with monkeypatch.context() as patch:
             patch.setattr(evaluation, "evaluate", raising(sign, evaluation.evaluate))
-            assert train.main(flags if sign == signal.SIGINT else [*flags, "--resume"]) == 128 + sign
+            assert train.main(flags if sign ==
+                              signal.SIGINT else [*flags, "--resume"]) == 128 + sign
         error = capsys.readouterr().err
         assert "stopped after the last step, all saved" in error and error.count("\n") == 1, error
     assert train.main(hint(error)[2:]) == 0, "the hint's command makes the table"
@@ -228,12 +259,14 @@ def test_the_third_signal_does_not_wait_for_the_step(base, monkeypatch, capsys, 
     assert "stopped within a step" in capsys.readouterr().err
 
 
-# ---------------------------------------------------------------------------------------------------------- checkpoints
+# -------------------------------------------------------------------------------------- checkpoints
 
 def trained(folder, steps=(1, 2, 3)):
-    """A small policy, its optimiser and draws, after `steps`, each of them saved -> what load_checkpoint restores into."""
+    """A small policy, its optimiser and draws, after `steps`, each of them saved -> what
+    load_checkpoint restores into."""
     policy, tokenizer = policy_module.tiny(width=8, layers=1, heads=1, kv_heads=1, inner=8)
-    optimizer, rng, generator = train.make_optimizer(policy, 1e-2), random.Random(0), torch.Generator()
+    optimizer, rng, generator = train.make_optimizer(policy,
+                                                     1e-2), random.Random(0), torch.Generator()
     rollout = rollout_of(policy, tokenizer)
     for step in steps:
         train.train_step(policy, optimizer, rollout, REWARDS, SMOOTH, G)
@@ -248,18 +281,21 @@ def everything(policy, optimizer, rng, generator):
 
 
 def test_a_flipped_bit_or_a_cut_file_never_passes(tmp_path, capsys):
-    """Header, facts, weights, optimiser, random states: after damage at random places either the file is refused and the
-    one before it is used, or what is restored is the same to the last bit."""
+    """Header, facts, weights, optimiser, random states: after damage at random places either the
+    file is refused and the one before it is used, or what is restored is the same to the last
+    bit."""
     state, draw, refused = trained(tmp_path), random.Random(0), 0
     older, newest = sorted(tmp_path.glob("*.safetensors"))
-    assert [older.name, newest.name] == ["0000002.safetensors", "0000003.safetensors"], "the last two are kept"
+    assert [older.name, newest.name] == ["0000002.safetensors", "0000003.safetensors"], \
+        "the last two are kept"
     after = {}
     whole = newest.read_bytes()
     for content in (whole, b""):                       # what the two hold; they disagree
         newest.write_bytes(content)
         step = train.load_checkpoint(tmp_path, *state)
         after[step] = everything(*state)
-    assert set(after) == {2, 3} and all(a != b for a, b in zip(after[2], after[3])), "some part is not restored"
+    assert set(after) == {2, 3} and all(a != b for a, b in zip(after[2], after[3])), \
+        "some part is not restored"
     head = 8 + int.from_bytes(whole[:8], "little")
     places = [*draw.sample(range(head), 150), *draw.sample(range(head, len(whole)), 50)]
     for damaged in [bytes([*whole[:at], whole[at] ^ 1 << draw.randrange(8), *whole[at + 1:]]) for at in places] + \
@@ -280,20 +316,23 @@ def test_a_run_that_went_on_from_before_a_damaged_checkpoint_keeps_two_whole_one
     assert train.load_checkpoint(tmp_path, *state) == 4
     for step in (5, 6):
         train.save_checkpoint(tmp_path, state[0], state[1], step, *state[2:])
-    assert [file.name for file in sorted(tmp_path.iterdir())] == ["0000005.safetensors", "0000006.safetensors"]
+    assert [file.name for file in sorted(tmp_path.iterdir())
+            ] == ["0000005.safetensors", "0000006.safetensors"]
 
 
-# ---------------------------------------------------------------------------------------------- numbers that are none
+# ---------------------------------------------------------------------------- numbers that are none
 
 def poisoned(bad_calls, poison, grpo=losses.grpo):
-    """grpo whose value in some of its calls (the first is 1) is spoilt through the log-probability of row 2."""
+    """grpo whose value in some of its calls (the first is 1) is spoilt through the log-probability
+    of row 2."""
     calls = []
     @functools.wraps(grpo)                             # the flags are read from the signature
     def loss(logp, *args, **kwargs):
         value, stats = grpo(logp, *args, **kwargs)
         calls.append(None)
-        return (value + (poison * logp[2]).sum() if logp.requires_grad and len(calls) - 1 in bad_calls else value), stats
-    return loss                                        # call 0 is the trial call that checks the options
+        return (value + (poison * logp[2]).sum()
+                if logp.requires_grad and len(calls) - 1 in bad_calls else value), stats
+    return loss  # call 0 is the trial call that checks the options
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
@@ -302,12 +341,14 @@ def test_a_bad_step_is_named_and_skipped(base, poison, monkeypatch, capsys):
     name = f"poison{poison}"
     monkeypatch.setattr(losses, "grpo", poisoned({2}, poison))
     texts, complain = [], train.complain
-    monkeypatch.setattr(train, "complain", lambda *args: texts.extend(args[2].texts) or complain(*args))
+    monkeypatch.setattr(train, "complain",
+                        lambda *args: texts.extend(args[2].texts) or complain(*args))
     assert go(base, "--loss", "grpo", "--steps", 3, "--save-every", 1, "--name", name) == 0
     text = capsys.readouterr().out
     assert "step 2 is skipped" in text and text.count(" is skipped") == 1
     assert f"caused by row 2 {texts[2]!r}\n" in text, text
-    assert [float(row["grad_norm"]) < 1e9 for row in rows(base, name)] == [True, False, True], "the log says so as well"
+    assert [float(row["grad_norm"]) < 1e9 for row in rows(base, name)] == [True, False, True], \
+        "the log says so as well"
     policy, _ = policy_module.load(base / name / "model")
     assert all(w.isfinite().all() for w in policy.parameters())
 
@@ -316,19 +357,23 @@ def test_a_bad_step_leaves_weights_and_optimiser_alone():
     policy, tokenizer = small()
     optimizer, rollout = train.make_optimizer(policy, 1e-2), rollout_of(policy, tokenizer)
     step = functools.partial(train.train_step, policy, optimizer, rollout, REWARDS, group_size=G)
-    state = lambda: [x.clone() for w in policy.parameters() for x in (w.detach(), *optimizer.state[w].values())]
+    state = lambda: [
+        x.clone() for w in policy.parameters() for x in (w.detach(), *optimizer.state[w].values())
+    ]
     assert not step(loss_fn=SMOOTH)["bad"]
     before = state()
     def broken(logp, *args, **kwargs):
         return logp[5].sum() * float("inf"), {}
     assert step(loss_fn=broken)["bad_rows"] == [5]
-    assert all(torch.equal(a, b) for a, b in zip(before, state())), "a bad step moved the weights or the optimiser"
+    assert all(torch.equal(a, b) for a, b in zip(before, state())), \
+        "a bad step moved the weights or the optimiser"
     assert not step(loss_fn=SMOOTH)["bad"], "and the next step is a good one"
 
 
 @pytest.mark.parametrize("micro_batch", [None, 5])
 def test_a_nan_born_in_the_backward_moves_nothing(micro_batch):
-    """Log-probabilities and their gradients are all finite; the model's own backward overflows on one answer."""
+    """Log-probabilities and their gradients are all finite; the model's own backward overflows on
+    one answer."""
     policy, tokenizer = small()
     rollout, forward = rollout_of(policy, tokenizer), policy.forward
     def overflowing(tokens, mask=None, cache=None):
@@ -338,9 +383,11 @@ def test_a_nan_born_in_the_backward_moves_nothing(micro_batch):
         return hidden
     policy.forward = overflowing
     before = [w.detach().clone() for w in policy.parameters()]
-    stats = train.train_step(policy, train.make_optimizer(policy, 1e-2), rollout, REWARDS, SMOOTH, G, micro_batch=micro_batch)
+    stats = train.train_step(policy, train.make_optimizer(policy, 1e-2), rollout, REWARDS, SMOOTH,
+                             G, micro_batch=micro_batch)
     assert stats["bad"] and stats["bad_rows"] == [], "no row's log-probability is to blame"
-    assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters())), "weights moved on a NaN"
+    assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters())), \
+        "weights moved on a NaN"
 
 
 def test_three_bad_steps_in_a_row_end_the_run(base, monkeypatch, capsys):
@@ -350,37 +397,45 @@ def test_three_bad_steps_in_a_row_end_the_run(base, monkeypatch, capsys):
         assert go(base, *flags) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "3 steps in a row" in error, error
-    assert str(base / "thrice" / "checkpoints" / "0000006.safetensors") in error, "the last good checkpoint is named"
+    assert str(base / "thrice" / "checkpoints" / "0000006.safetensors") in error, \
+        "the last good checkpoint is named"
     assert len(rows(base, "thrice")) == 7, "two bad steps in a row do not end it"
-    assert go(base, *flags, "--resume", "--lr", "1e-4") == 0, "and the run can go on from there with a smaller --lr"
-    assert "lr was 0.001 and is 0.0001 from here on." in capsys.readouterr().out, "an --lr that changes is never silent"
+    assert go(base, *flags, "--resume", "--lr", "1e-4") == 0, \
+        "and the run can go on from there with a smaller --lr"
+    assert "lr was 0.001 and is 0.0001 from here on." in capsys.readouterr().out, \
+        "an --lr that changes is never silent"
     assert [row["step"] for row in rows(base, "thrice")] == [str(step) for step in range(1, 10)]
 
 
-# ------------------------------------------------------------------------------------------------ full disk, no memory
+# ----------------------------------------------------------------------------- full disk, no memory
 
 def full_disk(*args):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_a_full_disk_costs_nothing_that_was_saved(base, monkeypatch, capsys):
-    """/dev/full refuses the log for real, a limit on the size of files the checkpoint; then each flush to disk fails."""
+    """/dev/full refuses the log for real, a limit on the size of files the checkpoint; then each
+    flush to disk fails."""
     flags = ("--loss", "grpo", "--save-every", 2, "--name", "full")
     assert go(base, *flags, "--steps", 4) == 0
-    good = checkpoints(base / "full"), [file.read_bytes() for file in sorted((base / "full" / "checkpoints").iterdir())]
+    good = checkpoints(base / "full"), [
+        file.read_bytes() for file in sorted((base / "full" / "checkpoints").iterdir())
+    ]
     def fails(steps, says):
         capsys.readouterr()
         assert go(base, *flags, "--steps", steps, "--resume") == 2
         error = capsys.readouterr().err
         assert error.startswith("error: ") and says in error and error.count("\n") == 1, error
-        assert good[1] == [(base / "full" / "checkpoints" / name).read_bytes() for name in good[0]], "a checkpoint changed"
+        assert good[1] == [(base / "full" / "checkpoints" / name).read_bytes()
+                           for name in good[0]], "a checkpoint changed"
     if Path("/dev/full").exists():
         with monkeypatch.context() as patch:
             patch.setattr(train, "open_log", lambda path, done: open("/dev/full", "a", newline=""))
             fails(8, "the disk is full")
     resource = pytest.importorskip("resource")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))             # bytes a file may have: not a checkpoint's
+    # bytes a file may have: not a checkpoint's
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
     fails(8, "File too large")
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
     for place in ("save_checkpoint", "write_line", "save_model"):
@@ -404,7 +459,8 @@ def no_memory_gpu(*args, **kwargs):
 
 
 @pytest.mark.parametrize("trouble", [no_memory_cpu, no_memory_gpu])
-def test_out_of_memory_names_the_flags_and_they_may_change_on_resume(base, trouble, monkeypatch, capsys):
+def test_out_of_memory_names_the_flags_and_they_may_change_on_resume(base, trouble, monkeypatch,
+                                                                     capsys):
     flags, name = ("--loss", "grpo", "--save-every", 1, "--steps", 2), trouble.__name__
     assert go(base, *flags[:-1], 1, "--name", name) == 0
     for where in ("sample", "train_step"):
@@ -413,17 +469,19 @@ def test_out_of_memory_names_the_flags_and_they_may_change_on_resume(base, troub
             capsys.readouterr()
             assert go(base, *flags, "--name", name, "--resume") == 2
         error = capsys.readouterr().err
-        assert "out of memory" in error and "--micro-batch" in error and "--rows" in error and error.count("\n") == 1, error
+        assert "out of memory" in error and "--micro-batch" in error and "--rows" in error
+        assert error.count("\n") == 1, error
     assert go(base, *flags, "--name", name, "--resume", "--micro-batch", 3, "--rows", 8) == 0
     monkeypatch.setattr(evaluation, "sample", trouble)
     capsys.readouterr()
-    assert evaluation.main([str(base / name), "--n", "2", "--problems", "2", "--device", "cpu"]) == 2
+    assert evaluation.main([str(base / name), "--n", "2", "--problems", "2", "--device",
+                            "cpu"]) == 2
     assert "--rows" in capsys.readouterr().err
 
 
-# ---------------------------------------------------------------------------------------------------------- wrong input
+# -------------------------------------------------------------------------------------- wrong input
 
-BAD = {                                                # command line -> what the one sentence must say
+BAD = {  # command line -> what the one sentence must say
     # flags of train.py: unknown, of the wrong type, out of range, contradictory
     "train --loss nonsense": "unknown loss 'nonsense'; these exist:",
     "train --loss grpo --gamma_p 0.1": "'--gamma_p' is not a flag, nor an option of loss grpo, which has:",
@@ -533,12 +591,14 @@ BAD = {                                                # command line -> what th
 
 @pytest.fixture(scope="module")
 def crime(base):
-    """A folder of runs with everything in it that can be wrong -> its path and the locks that another process holds."""
+    """A folder of runs with everything in it that can be wrong -> its path and the locks that
+    another process holds."""
     go(base, "--loss", "grpo", "--steps", 1, "--name", "taken")
     for name in ("torn", "unfinished", "cut", "locked", "longer"):
         shutil.copytree(base / "taken", base / name)
         own = json.loads((base / "taken" / "flags.json").read_text()) | {"name": name}
-        (base / name / "flags.json").write_text(json.dumps(own | ({"max_new_tokens": 9} if name == "longer" else {})))
+        (base / name / "flags.json").write_text(
+            json.dumps(own | ({"max_new_tokens": 9} if name == "longer" else {})))
     (base / "torn" / "flags.json").write_text('{"task": "count')
     shutil.rmtree(base / "unfinished" / "model")
     for file in (base / "cut" / "checkpoints").iterdir():
@@ -548,17 +608,20 @@ def crime(base):
     (base / "flagless" / "flags.json").unlink()
     (base / "scrambled" / "flags.json").write_text("[1, 2]")
     flags = json.loads((base / "base" / "flags.json").read_text())
-    (base / "taskless" / "flags.json").write_text(json.dumps({key: flags[key] for key in flags if key != "high"}))
+    (base / "taskless" /
+     "flags.json").write_text(json.dumps({key: flags[key]
+                                          for key in flags if key != "high"}))
     shutil.rmtree(base / "foreign" / "model")
-    policy_module.save(*policy_module.tiny(width=8, layers=1, heads=1, kv_heads=1, inner=8, characters="0123456789abcdefghi"),
-                       base / "foreign" / "model")
+    policy_module.save(
+        *policy_module.tiny(width=8, layers=1, heads=1, kv_heads=1, inner=8,
+                            characters="0123456789abcdefghi"), base / "foreign" / "model")
     for name in ("halved", "unreadable", "mixed"):
         shutil.copytree(base / "base" / "model", base / name)
     file = base / "halved" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:5000])
     for file in (base / "unreadable" / "model.safetensors", base / "unreadable.jsonl"):
         file.unlink(missing_ok=True)
-        file.symlink_to(file.name)                     # a link to itself: unreadable for everybody, root included
+        file.symlink_to(file.name)  # a link to itself: unreadable for everybody, root included
     _, more = policy_module.tiny(characters=policy_module.CHARACTERS + "?")
     more.save_pretrained(base / "mixed")
     (base / "notes").mkdir()
@@ -576,7 +639,10 @@ def crime(base):
 
 def snapshot(folder):
     """Every file but the locks (empty always), with its content."""
-    return {file: file.is_file() and file.read_bytes() for file in folder.rglob("*") if file.name != "lock"}
+    return {
+        file: file.is_file() and file.read_bytes()
+        for file in folder.rglob("*") if file.name != "lock"
+    }
 
 
 @pytest.mark.parametrize("line", BAD)
@@ -588,8 +654,11 @@ def test_bad_input_is_one_sentence_and_changes_nothing(crime, line, capsys, monk
     if program == "train":
         code = go(crime, *["--steps", 1, *flags])
     elif program == "math":
-        code = train.main(["--out", str(crime), "--loss", "grpo", "--task", "math", "--model", str(crime / "base" / "model"),
-                           "--device", "cpu", *flags])
+        code = train.main([
+            "--out",
+            str(crime), "--loss", "grpo", "--task", "math", "--model",
+            str(crime / "base" / "model"), "--device", "cpu", *flags
+        ])
     else:
         code = evaluation.main(["--device", "cpu", "--n", "2", "--problems", "2", *flags])
     message = capsys.readouterr().err
@@ -609,44 +678,65 @@ def test_a_bug_of_ours_keeps_its_traceback(base, monkeypatch):
 
 def test_runs_are_measured_on_their_own_task(crime, capsys):
     """And a flag given by hand wins over all of them."""
-    flags = ["--n", "2", "--problems", "2", "--device", "cpu", "--json", str(crime / "measured.json")]
+    flags = [
+        "--n", "2", "--problems", "2", "--device", "cpu", "--json",
+        str(crime / "measured.json")
+    ]
     for more, length in (([], 8), (["--max-new-tokens", "3"], 3)):
-        runs = [str(crime / "taken"), str(crime / ("longer" if more else "base")), str(crime / "base" / "model")]
+        runs = [
+            str(crime / "taken"),
+            str(crime / ("longer" if more else "base")),
+            str(crime / "base" / "model")
+        ]
         assert evaluation.main([*runs, *flags, *more]) == 0, capsys.readouterr().err
         written = json.loads((crime / "measured.json").read_text())
         assert written["flags"]["counts"] == [2] and written["flags"]["max_new_tokens"] == length
-        assert [len(record["problem"][0]) for records in written["records"]["0.7"].values() for record in records] == [2] * 6
+        assert [
+            len(record["problem"][0]) for records in written["records"]["0.7"].values()
+            for record in records
+        ] == [2] * 6
     (crime / "measured.json").unlink()
 
 
-# --------------------------------------------------------------------------------------------- data, terminals, memory
+# -------------------------------------------------------------------------- data, terminals, memory
 
 def questions(path, numbers, word="What is"):
-    path.write_text("".join(json.dumps({"problem": f"{word} {i}+{i}?", "answer": str(2 * i)}) + "\n" for i in numbers))
+    path.write_text("".join(
+        json.dumps({"problem": f"{word} {i}+{i}?", "answer": str(2 * i)}) + "\n" for i in numbers))
     return str(path)
 
 
 def go_math(base, tmp_path, *flags):
-    return train.main(["--task", "math", "--model", str(base / "base" / "model"), "--loss", "grpo", "--steps", "1", "--prompts", "2",
-                       "--group-size", "2", "--max-new-tokens", "8", "--eval-samples", "2", "--device", "cpu", "--out", str(tmp_path),
-                       *map(str, flags)])
+    return train.main([
+        "--task", "math", "--model",
+        str(base / "base" / "model"), "--loss", "grpo", "--steps", "1", "--prompts", "2",
+        "--group-size", "2", "--max-new-tokens", "8", "--eval-samples", "2", "--device", "cpu",
+        "--out",
+        str(tmp_path), *map(str, flags)
+    ])
 
 
 def test_a_math_run_is_measured_on_what_it_was_not_trained_on(base, tmp_path, capsys):
-    """By train.py and by eval.py: its own held-out tenth; of another file what is new; and an exam is not trained on."""
-    data, exam = questions(tmp_path / "d.jsonl", range(100)), questions(tmp_path / "exam.jsonl", range(95, 110))
+    """By train.py and by eval.py: its own held-out tenth; of another file what is new; and an exam
+    is not trained on."""
+    data, exam = questions(tmp_path / "d.jsonl",
+                           range(100)), questions(tmp_path / "exam.jsonl", range(95, 110))
     def measured(*flags):
         capsys.readouterr()
-        assert evaluation.main([*map(str, flags), "--n", "2", "--device", "cpu", "--json", str(tmp_path / "x.json")]) == 0
+        assert evaluation.main(
+            [*map(str, flags), "--n", "2", "--device", "cpu", "--json",
+             str(tmp_path / "x.json")]) == 0
         records = json.loads((tmp_path / "x.json").read_text())["records"]["0.7"]
-        return {record["problem"][0] for record in next(iter(records.values()))}, capsys.readouterr().out
+        return {record["problem"][0]
+                for record in next(iter(records.values()))}, capsys.readouterr().out
     assert go_math(base, tmp_path, "--data", data, "--name", "own") == 0
     records = json.loads((tmp_path / "own" / "eval.json").read_text())["models"]["own"]["records"]
     own = {record["problem"][0] for record in records}
     assert 1 <= len(own) < 30
     for flags in ([], ["--data", data]):
         asked, text = measured(tmp_path / "own", *flags)
-        assert asked == own and f"{100 - len(own)} problems are left out, as {tmp_path / 'own'} was trained on them" in text
+        assert asked == own
+        assert f"{100 - len(own)} problems are left out, as {tmp_path / 'own'} was trained on them" in text
     asked, _ = measured(tmp_path / "own", "--data", exam)
     old = {f"What is {i}+{i}?" for i in range(100)}
     assert len(asked) >= 10 and not asked & (old - own), "asked what it was trained on"
@@ -661,7 +751,8 @@ def test_a_math_run_is_measured_on_what_it_was_not_trained_on(base, tmp_path, ca
     assert go_math(base, tmp_path, "--data", data, "--eval-data", data, "--name", "same") == 2
     assert "leaves no problem to train on" in capsys.readouterr().err
     os.unlink(data)
-    assert f"what {tmp_path / 'own'} was trained on is not known" in measured(tmp_path / "own", "--data", exam)[1]
+    assert f"what {tmp_path / 'own'} was trained on is not known" in measured(
+        tmp_path / "own", "--data", exam)[1]
 
 
 def test_an_exam_problem_without_room_is_left_out(base, tmp_path, capsys):
@@ -669,8 +760,11 @@ def test_an_exam_problem_without_room_is_left_out(base, tmp_path, capsys):
     questions(exam, [10 ** 600, *range(30, 34)])
     assert go_math(base, tmp_path, "--data", data, "--eval-data", exam) == 0
     text = capsys.readouterr().out
-    assert f"{exam}: 1 problems are left out: prompts over 504 tokens" in text and "4 held-out problems" in text
-    assert evaluation.main([str(tmp_path / "grpo"), "--n", "2", "--device", "cpu", "--json", str(tmp_path / "x.json")]) == 0
+    assert f"{exam}: 1 problems are left out: prompts over 504 tokens" in text
+    assert "4 held-out problems" in text
+    assert evaluation.main(
+        [str(tmp_path / "grpo"), "--n", "2", "--device", "cpu", "--json",
+         str(tmp_path / "x.json")]) == 0
     assert "4 held-out problems" in capsys.readouterr().out
 
 
@@ -700,7 +794,8 @@ def test_a_terminal_that_lacks_a_character_loses_nothing(monkeypatch):
 
 
 def test_the_optimiser_is_gone_when_the_table_is_made(base, monkeypatch):
-    """What tensors are alive then, counted in models: the one that is measured, and not the one of before."""
+    """What tensors are alive then, counted in models: the one that is measured, and not the one of
+    before."""
     import gc
     alive, evaluate = [], evaluation.evaluate
     def spy(policy, *rest):
@@ -712,13 +807,16 @@ def test_the_optimiser_is_gone_when_the_table_is_made(base, monkeypatch):
         alive.append(sum(storages.values()) / size)
         return evaluate(policy, *rest)
     monkeypatch.setattr(evaluation, "evaluate", spy)
-    before = sum(x.nbytes for x in gc.get_objects() if isinstance(x, torch.Tensor))     # what other tests have left
+    # what other tests have left
+    before = sum(x.nbytes for x in gc.get_objects() if isinstance(x, torch.Tensor))
     size = sum(w.nbytes for w in policy_module.load(base / "base" / "model")[0].parameters())
-    assert go(base, "--loss", "grpo", "--beta", 0.1, "--steps", 1, "--name", "lean", "--eval-problems", 2, "--eval-samples", 2) == 0
-    assert len(alive) == 2 and max(alive) < 2 + before / size, f"alive: {alive} models, {before / size} of them from before"
+    assert go(base, "--loss", "grpo", "--beta", 0.1, "--steps", 1, "--name", "lean",
+              "--eval-problems", 2, "--eval-samples", 2) == 0
+    assert len(alive) == 2 and max(alive) < 2 + before / size, \
+        f"alive: {alive} models, {before / size} of them from before"
 
 
-# ---------------------------------------------------------------------------------------------------------- odd batches
+# -------------------------------------------------------------------------------------- odd batches
 
 class Odd:
     """A task with any prompts and any reward."""
@@ -745,17 +843,22 @@ class Odd:
 
 
 def run_odd(base, monkeypatch, name, task, stop_ids=None, *flags):
-    """A run of this task -> its log as floats, and whether the weights moved. stop_ids: (vocabulary) -> what ends answers."""
+    """A run of this task -> its log as floats, and whether the weights moved. stop_ids:
+    (vocabulary) -> what ends answers."""
     load, make_task = policy_module.load, evaluation.make_task
     def loaded(*args):
         policy, tokenizer = load(*args)
-        policy.stop_ids = policy.stop_ids if stop_ids is None else stop_ids(policy.config.vocab_size)
+        policy.stop_ids = policy.stop_ids if stop_ids is None else stop_ids(
+            policy.config.vocab_size)
         return policy, tokenizer
     monkeypatch.setattr(policy_module, "load", loaded)
-    monkeypatch.setattr(evaluation, "make_task", lambda *args, **kwargs: make_task(*args, **kwargs) and task)    # fills in flags
+    # fills in flags
+    monkeypatch.setattr(evaluation, "make_task",
+                        lambda *args, **kwargs: make_task(*args, **kwargs) and task)
     assert go(base, "--steps", 6, "--name", name, *flags) == 0
     log = [{key: float(value) for key, value in row.items()} for row in rows(base, name)]
-    assert all(value == value and abs(value) < 1e9 for row in log for value in row.values()), f"a NaN in the log: {log}"
+    assert all(value == value and abs(value) < 1e9 for row in log for value in row.values()), \
+        f"a NaN in the log: {log}"
     start = flags[flags.index("--model") + 1] if "--model" in flags else base / "base" / "model"
     one, two = load(start)[0], load(base / name / "model")[0]
     assert all(w.isfinite().all() for w in two.parameters())
@@ -766,42 +869,59 @@ EVEN = lambda call: float(call % 2)
 
 
 def test_prompts_of_one_token_and_of_four_hundred(base, monkeypatch):
-    log, moved = run_odd(base, monkeypatch, "ragged", Odd(["4", "1 2" * 133, "3 4,7="], EVEN), None, "--loss", "diffsmooth")
+    log, moved = run_odd(base, monkeypatch, "ragged", Odd(["4", "1 2" * 133, "3 4,7="], EVEN), None,
+                         "--loss", "diffsmooth")
     assert moved and all(row["grad_norm"] > 0 for row in log)
 
 
 def test_a_prompt_that_leaves_no_room_for_an_answer_is_left_out(base, tmp_path, capsys):
-    lines = [json.dumps({"problem": "1" * (600 if i % 4 == 0 else i), "answer": "2"}) for i in range(1, 41)]
+    lines = [
+        json.dumps({"problem": "1" * (600 if i % 4 == 0 else i), "answer": "2"})
+        for i in range(1, 41)
+    ]
     (tmp_path / "problems.jsonl").write_text("\n".join(lines))
-    flags = ["--loss", "grpo", "--task", "math", "--data", str(tmp_path / "problems.jsonl"), "--model", str(base / "base" / "model"),
-             "--max-new-tokens", "8", "--prompts", "4", "--group-size", "2", "--steps", "4", "--eval-problems", "0"]
-    assert train.main([*flags, "--out", str(tmp_path), "--device", "cpu"]) == 0, capsys.readouterr().err
-    assert "problems are left out: prompts over 504 tokens" in capsys.readouterr().out and len(rows(tmp_path, "grpo")) == 4
+    flags = [
+        "--loss", "grpo", "--task", "math", "--data",
+        str(tmp_path / "problems.jsonl"), "--model",
+        str(base / "base" / "model"), "--max-new-tokens", "8", "--prompts", "4", "--group-size",
+        "2", "--steps", "4", "--eval-problems", "0"
+    ]
+    assert train.main([*flags, "--out", str(tmp_path), "--device", "cpu"]) == 0, \
+        capsys.readouterr().err
+    assert "problems are left out: prompts over 504 tokens" in capsys.readouterr().out
+    assert len(rows(tmp_path, "grpo")) == 4
 
 
 def test_answers_that_never_stop(base, monkeypatch):
-    log, _ = run_odd(base, monkeypatch, "endless", Odd(["1 2,3="], EVEN), lambda V: [], "--loss", "grpo")
-    assert all(row["cut"] == 1 and row["length"] == 8 for row in log), "the log must say that no answer ends"
+    log, _ = run_odd(base, monkeypatch, "endless", Odd(["1 2,3="], EVEN), lambda V: [], "--loss",
+                     "grpo")
+    assert all(row["cut"] == 1 and row["length"] == 8 for row in log), \
+        "the log must say that no answer ends"
 
 
 def test_answers_that_stop_at_once(base, monkeypatch):
-    log, _ = run_odd(base, monkeypatch, "curt", Odd(["1 2,3="], EVEN), lambda V: list(range(V)), "--loss", "diffsmooth")
+    log, _ = run_odd(base, monkeypatch, "curt", Odd(["1 2,3="], EVEN), lambda V: list(range(V)),
+                     "--loss", "diffsmooth")
     assert all(row["cut"] == 0 and row["length"] == 1 for row in log)
 
 
 @pytest.mark.parametrize("reward", [0.0, 1.0])
 @pytest.mark.parametrize("loss", sorted(train.variants()))
 def test_groups_all_right_or_all_wrong_then_mixed(base, loss, reward, monkeypatch):
-    """Six steps without contrast: no NaN, and where the method asks for contrast no gradient and no moved weight."""
+    """Six steps without contrast: no NaN, and where the method asks for contrast no gradient and no
+    moved weight."""
     task = Odd(["1 2,3=", "3 4,7="], lambda call: reward)
     log, moved = run_odd(base, monkeypatch, f"{loss}{reward}", task, None, "--loss", loss)
     assert all(row["equal"] == 1 and row["reward"] == reward for row in log)
-    if loss in ("grpo", "rloo", "dr_grpo", "dapo", "gspo", "cispo", "passk", "maxrl", "focal", "ucpo"):
-        assert not moved and all(row["grad_norm"] == 0 for row in log), "equal rewards must give no policy gradient"
+    if loss in ("grpo", "rloo", "dr_grpo", "dapo", "gspo", "cispo", "passk", "maxrl", "focal",
+                "ucpo"):
+        assert not moved and all(row["grad_norm"] == 0 for row in log), \
+            "equal rewards must give no policy gradient"
 
 
 def test_contrast_after_a_long_drought_trains_again(base, monkeypatch):
-    """AdamW's moments are 0 after five steps without gradient: 0 / (0 + eps), and then the first real step."""
+    """AdamW's moments are 0 after five steps without gradient: 0 / (0 + eps), and then the first
+    real step."""
     task = Odd(["1 2,3="], lambda call: 0.0 if call <= 5 * 64 else float(call % 2))
     log, moved = run_odd(base, monkeypatch, "drought", task, None, "--loss", "grpo")
     assert [row["grad_norm"] > 0 for row in log] == [False] * 5 + [True] and moved
@@ -813,29 +933,38 @@ def test_a_vocabulary_of_two(base, tmp_path, monkeypatch):
     letters = Tokenizer(models.WordLevel({"1": 0, "<eos>": 1}, unk_token="1"))
     letters.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters, eos_token="<eos>", unk_token="1")
-    policy = policy_module.Policy(LlamaConfig(vocab_size=2, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
-                                              num_attention_heads=1, num_key_value_heads=1, eos_token_id=1, bos_token_id=None))
+    policy = policy_module.Policy(
+        LlamaConfig(vocab_size=2, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+                    num_attention_heads=1, num_key_value_heads=1, eos_token_id=1,
+                    bos_token_id=None))
     policy_module.save(policy, tokenizer, tmp_path / "two")
-    log, moved = run_odd(base, monkeypatch, "two", Odd(["1", "11111"], EVEN), None, "--loss", "diffsmooth", "--model",
-                         str(tmp_path / "two"))
-    assert moved and all(0 < row["entropy"] <= 0.6932 for row in log), "two tokens have at most log 2 nats"
+    log, moved = run_odd(base, monkeypatch, "two", Odd(["1", "11111"], EVEN), None, "--loss",
+                         "diffsmooth", "--model", str(tmp_path / "two"))
+    assert moved and all(0 < row["entropy"] <= 0.6932 for row in log), \
+        "two tokens have at most log 2 nats"
 
 
-# ------------------------------------------------------------------------------------------------------------- security
+# ----------------------------------------------------------------------------------------- security
 
 def test_no_network_without_a_hub_name(tmp_path, monkeypatch, capsys):
-    """Warm start, training, table, resume and eval.py with every way to a socket barred, and told of attempts."""
+    """Warm start, training, table, resume and eval.py with every way to a socket barred, and told
+    of attempts."""
     attempts = []
     def barred(*args, **kwargs):
         attempts.append(args)
         raise OSError("no network in this test")
     for name in ("socket", "create_connection", "getaddrinfo"):
         monkeypatch.setattr(socket, name, barred)
-    flags = [*TOY.split(), "--loss", "grpo", "--warm-steps", "2", "--out", str(tmp_path), "--eval-problems", "2",
-             "--eval-samples", "2"]
+    flags = [
+        *TOY.split(), "--loss", "grpo", "--warm-steps", "2", "--out",
+        str(tmp_path), "--eval-problems", "2", "--eval-samples", "2"
+    ]
     assert train.main([*flags, "--steps", "1"]) == 0, capsys.readouterr().err
     assert train.main([*flags, "--steps", "2", "--resume"]) == 0, capsys.readouterr().err
-    assert evaluation.main([str(tmp_path / "base"), str(tmp_path / "grpo"), "--n", "2", "--problems", "2", "--device", "cpu"]) == 0
+    assert evaluation.main([
+        str(tmp_path / "base"),
+        str(tmp_path / "grpo"), "--n", "2", "--problems", "2", "--device", "cpu"
+    ]) == 0
     assert attempts == [], "something went for the network"
     assert train.main([*flags, "--model", "owner/model", "--name", "hub"]) == 2, "a hub name does"
 
@@ -846,26 +975,33 @@ def test_nothing_is_unpickled_or_executed(file):
     for node in ast.walk(ast.parse((ROOT / file).read_text())):
         where = f"{file}:{getattr(node, 'lineno', 0)}"
         if isinstance(node, (ast.Import, ast.ImportFrom)):
-            names = {alias.name.split(".")[0] for alias in node.names} | {(getattr(node, "module", "") or "").split(".")[0]}
-            assert not names & {"pickle", "marshal", "shelve", "dill", "joblib", "subprocess", "ctypes", "runpy"}, where
+            names = {alias.name.split(".")[0]
+                     for alias in node.names} | {(getattr(node, "module", "") or "").split(".")[0]}
+            assert not names & {
+                "pickle", "marshal", "shelve", "dill", "joblib", "subprocess", "ctypes", "runpy"
+            }, where
         if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
             assert node.value.value is False, where
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)
-            assert called not in ("eval", "exec", "compile", "__import__", "os.system", "os.popen"), where
+            assert called not in ("eval", "exec", "compile", "__import__", "os.system",
+                                  "os.popen"), where
             if called == "torch.load":
-                assert any(k.arg == "weights_only" and k.value.value is True for k in node.keywords), where
+                assert any(k.arg == "weights_only" and k.value.value is True
+                           for k in node.keywords), where
             if called.startswith("Auto") and called.endswith(".from_pretrained"):
                 assert any(k.arg == "trust_remote_code" for k in node.keywords), where
 
 
-# --------------------------------------------------------------------------------------------------- as a script: kills
+# ------------------------------------------------------------------------------- as a script: kills
 
 def main(kills):
     import tempfile
     rng = random.Random(0)
     early = [moment for moment in list(MOMENTS)[:3] for _ in range(2)]
-    later = [rng.choice(["while a checkpoint is written", "any time"]) for _ in range(kills - len(early))]
+    later = [
+        rng.choice(["while a checkpoint is written", "any time"]) for _ in range(kills - len(early))
+    ]
     print(f"{'kill':>4}  {'moment':30}  {'steps':>5}  {'checkpoints':24}  half-written")
     def say(number, moment, steps, saved, half):
         kept = ", ".join(name[:7].lstrip("0") for name in saved)

@@ -1,9 +1,12 @@
-"""The loop: one step's gradient, the update under any split, runs that are told what is wrong and that can be resumed.
+"""The loop: one step's gradient, the update under any split, runs that are told what is wrong and
+that can be resumed.
 
-Bugs killed here: prompt token unmasked, last token dropped, stop token without gradient, temperature ignored in the score,
-keys of another row's prompt, left padding read, gradient averaged over chunks or processes, entropy gradient dropped,
-advantages formed per chunk, old log-probabilities taken after the first update, bf16 master weights, a NaN that reaches
-the weights, a resumed run that repeats problems or draws, a damaged checkpoint that is believed, a run overwritten.
+Bugs killed here: prompt token unmasked, last token dropped, stop token without gradient,
+temperature ignored in the score, keys of another row's prompt, left padding read, gradient averaged
+over chunks or processes, entropy gradient dropped, advantages formed per chunk, old
+log-probabilities taken after the first update, bf16 master weights, a NaN that reaches the weights,
+a resumed run that repeats problems or draws, a damaged checkpoint that is believed, a run
+overwritten.
 """
 import argparse
 import copy
@@ -35,18 +38,22 @@ core, care = pytest.mark.core, pytest.mark.care       # with the function that a
 
 
 def small(seed=0, device="cpu"):
-    policy, tokenizer = policy_module.tiny(width=32, layers=2, heads=2, kv_heads=1, inner=64, seed=seed)
+    policy, tokenizer = policy_module.tiny(width=32, layers=2, heads=2, kv_heads=1, inner=64,
+                                           seed=seed)
     return policy.to(device), tokenizer
 
 
 def rollout_of(policy, tokenizer, temperature=1.0, prompts=("4 7 2 9,24=", "1 1,2=", "3 9 9,7=")):
-    policy.stop_ids = [1, 4, 9, 14]                    # several, so that a fresh policy's answers differ in length
-    return sample(policy, tokenizer, list(prompts), G, 9, temperature, torch.Generator().manual_seed(3))
+    policy.stop_ids = [1, 4, 9, 14]  # several, so that a fresh policy's answers differ in length
+    return sample(policy, tokenizer, list(prompts), G, 9, temperature,
+                  torch.Generator().manual_seed(3))
 
 
 def on(device, rollout):
     """The rollout on that device."""
-    return sampling.Rollout(**{name: x if name == "texts" else x.to(device) for name, x in vars(rollout).items()})
+    return sampling.Rollout(
+        **{name: x if name == "texts" else x.to(device)
+           for name, x in vars(rollout).items()})
 
 
 def naive_score(policy, rollout, temperature):
@@ -85,16 +92,20 @@ def test_score_is_the_definition(temperature):
     """Sharing prompts, bucketing by length and dropping padding change no log-probability."""
     policy, tokenizer = small()
     rollout = rollout_of(policy, tokenizer, temperature)
-    assert len(set(rollout.mask.sum(1).tolist())) > 2 and not rollout.prompt_mask.all(), "the batch must be ragged"
-    for ours, naive, what in zip(policy_module.score(policy, rollout, torch.arange(12), G, temperature),
-                                 naive_score(policy, rollout, temperature), ("log-probability", "entropy")):
-        assert torch.allclose(ours, naive, atol=1e-5), f"{what} off by {(ours - naive).abs().max():.2e}"
+    assert len(set(rollout.mask.sum(1).tolist())) > 2 and not rollout.prompt_mask.all(), \
+        "the batch must be ragged"
+    for ours, naive, what in zip(
+            policy_module.score(policy, rollout, torch.arange(12), G, temperature),
+            naive_score(policy, rollout, temperature), ("log-probability", "entropy")):
+        assert torch.allclose(ours, naive, atol=1e-5), \
+            f"{what} off by {(ours - naive).abs().max():.2e}"
     ours = policy_module.score(policy, rollout, torch.arange(12), G, temperature)[0]
     assert torch.allclose(ours, rollout.logp, atol=1e-5), "what is scored is not what was sampled"
 
 
 def said_alike(rollout):
-    """Rows 1-3 answer what row 0 does; row 5 answers another prompt so; row 6 begins like it and is cut; all 8-11 differ."""
+    """Rows 1-3 answer what row 0 does; row 5 answers another prompt so; row 6 begins like it and is
+    cut; all 8-11 differ."""
     rollout = sampling.take(rollout, torch.arange(len(rollout.mask)))
     for row in (1, 2, 3, 5, 6):
         rollout.response[row], rollout.mask[row] = rollout.response[0], rollout.mask[0]
@@ -105,15 +116,19 @@ def said_alike(rollout):
 def test_an_answer_given_several_times_is_read_once_and_counts_as_often(monkeypatch):
     policy, tokenizer = small()
     rollout = said_alike(rollout_of(policy, tokenizer, 0.7))
-    assert rollout.mask[0].sum() > 2 and len({tuple(ids) for ids in rollout.response[8:].tolist()}) == 4
-    assert rollout.response[4, 0] != rollout.response[0, 0] and rollout.response[7, 0] != rollout.response[0, 0]
+    assert rollout.mask[0].sum() > 2
+    assert len({tuple(ids) for ids in rollout.response[8:].tolist()}) == 4
+    assert rollout.response[4, 0] != rollout.response[0, 0]
+    assert rollout.response[7, 0] != rollout.response[0, 0]
     forward, read = policy_module.Policy.forward, []
-    monkeypatch.setattr(policy_module.Policy, "forward",
-                        lambda self, tokens, *rest: read.append(len(tokens)) or forward(self, tokens, *rest))
+    monkeypatch.setattr(
+        policy_module.Policy, "forward",
+        lambda self, tokens, *rest: read.append(len(tokens)) or forward(self, tokens, *rest))
     ours = policy_module.score(policy, rollout, torch.arange(12), G, 0.7)
     assert sum(read) == 3 + 9, f"3 prompts and 9 different answers were read as {read}"
     naive = naive_score(policy, rollout, 0.7)
-    weight = torch.randn(12, rollout.mask.shape[1], generator=torch.Generator().manual_seed(0))     # each copy has its own
+    # each copy has its own
+    weight = torch.randn(12, rollout.mask.shape[1], generator=torch.Generator().manual_seed(0))
     gradients = []
     for mine, theirs in zip(ours, naive):
         assert torch.allclose(mine, theirs, atol=1e-5), f"off by {(mine - theirs).abs().max():.1e}"
@@ -122,14 +137,16 @@ def test_an_answer_given_several_times_is_read_once_and_counts_as_often(monkeypa
         sum((x * weight).sum() for x in scored).backward()
         gradients.append(gradient(policy))
     ours, naive = gradients
-    assert naive.norm() > 1 and (ours - naive).norm() < 1e-5 * naive.norm(), "the gradient is not the sum over the copies"
+    assert naive.norm() > 1 and (ours - naive).norm() < 1e-5 * naive.norm(), \
+        "the gradient is not the sum over the copies"
 
 
 @core("train_step")
 @pytest.mark.parametrize("loss", [SMOOTH, BONUS, losses.sft], ids=["diffsmooth", "entropy", "sft"])
 @pytest.mark.parametrize("micro_batch", [None, 1, 3, 5, 12])
 def test_any_micro_batch_gives_the_plain_gradient(loss, micro_batch):
-    """Against autograd through the naive score of the whole batch; chunks of 3 and 5 cut groups in two."""
+    """Against autograd through the naive score of the whole batch; chunks of 3 and 5 cut groups in
+    two."""
     policy, tokenizer = small()
     rollout = rollout_of(policy, tokenizer, 0.7)
     logp, entropy = naive_score(policy, rollout, 0.7)
@@ -137,8 +154,8 @@ def test_any_micro_batch_gives_the_plain_gradient(loss, micro_batch):
     value.backward()
     plain = gradient(policy)
     assert plain.norm() > 1e-3
-    stats = train.train_step(policy, Still(policy), rollout, REWARDS, loss, G, temperature=0.7, micro_batch=micro_batch,
-                             grad_clip=1e9)
+    stats = train.train_step(policy, Still(policy), rollout, REWARDS, loss, G, temperature=0.7,
+                             micro_batch=micro_batch, grad_clip=1e9)
     assert abs(stats["loss"] - value.item()) < 1e-5
     off = (gradient(policy) - plain).abs().max()
     assert off < 1e-5 * plain.abs().max(), f"micro-batch {micro_batch}: gradient off by {off:.1e}"
@@ -146,8 +163,9 @@ def test_any_micro_batch_gives_the_plain_gradient(loss, micro_batch):
 
 @pytest.mark.parametrize("micro_batch", [None, 5])
 def test_a_step_on_every_device_is_that_of_the_definition(micro_batch, device):
-    """The gradient of autograd through the naive score, made on the CPU in fp32. With activations in bf16, as a GPU has
-    them, it keeps its size and direction; and AdamW then moves every matrix."""
+    """The gradient of autograd through the naive score, made on the CPU in fp32. With activations
+    in bf16, as a GPU has them, it keeps its size and direction; and AdamW then moves every
+    matrix."""
     policy, tokenizer = small()
     rollout = rollout_of(policy, tokenizer, 0.7)
     logp, entropy = naive_score(policy, rollout, 0.7)
@@ -158,22 +176,26 @@ def test_a_step_on_every_device_is_that_of_the_definition(micro_batch, device):
         policy, _ = small(device=device)
         policy.dtype, optimizer = dtype, train.make_optimizer(policy, 1e-2)
         before = [w.detach().clone() for w in policy.parameters()]
-        stats = train.train_step(policy, optimizer, on(device, rollout), REWARDS.to(device), BONUS, G, temperature=0.7,
-                                 micro_batch=micro_batch, grad_clip=1e9)
+        stats = train.train_step(policy, optimizer, on(device, rollout), REWARDS.to(device), BONUS,
+                                 G, temperature=0.7, micro_batch=micro_batch, grad_clip=1e9)
         error = (gradient(policy).cpu() - plain).norm() / plain.norm()
-        assert error < most and abs(stats["loss"] - value.item()) < most, f"{dtype}: the gradient is off by {error:.1e} of its norm"
+        assert error < most and abs(stats["loss"] - value.item()) < most, \
+            f"{dtype}: the gradient is off by {error:.1e} of its norm"
         for w, start in zip(policy.parameters(), before):
-            assert (w.dtype, w.device.type) == (torch.float32, device) and not torch.equal(w, start) and w.isfinite().all()
+            assert (w.dtype, w.device.type) == (torch.float32, device) and not torch.equal(w, start)
+            assert w.isfinite().all()
 
 
 def test_a_checkpoint_gives_everything_back_on_every_device(tmp_path, device):
-    """Weights, moments, steps and both sources of chance, bit for bit, where they were; activations are bf16."""
+    """Weights, moments, steps and both sources of chance, bit for bit, where they were; activations
+    are bf16."""
     states = []
     for seed in (0, 1):
         policy, tokenizer = small(seed, device)
         policy.dtype = torch.bfloat16
         rollout = rollout_of(policy, tokenizer)
-        states.append((policy, train.make_optimizer(policy, 1e-2), random.Random(seed), torch.Generator(device).manual_seed(seed)))
+        states.append((policy, train.make_optimizer(policy, 1e-2), random.Random(seed),
+                       torch.Generator(device).manual_seed(seed)))
         for _ in range(2 - seed):
             train.train_step(*states[-1][:2], rollout, REWARDS.to(device), SMOOTH, G)
     train.save_checkpoint(tmp_path, *states[0][:2], 2, *states[0][2:])
@@ -183,22 +205,26 @@ def test_a_checkpoint_gives_everything_back_on_every_device(tmp_path, device):
         assert torch.equal(w, v) and v.device.type == device
         assert adam.state[w].keys() == adam_2.state[v].keys() == {"step", "exp_avg", "exp_avg_sq"}
         for name, x in adam.state[w].items():
-            assert torch.equal(x, adam_2.state[v][name]) and adam_2.state[v][name].device == x.device, name
+            assert torch.equal(x, adam_2.state[v][name])
+            assert adam_2.state[v][name].device == x.device, name
     assert rng.random() == rng_2.random()
-    assert torch.equal(torch.rand(9, generator=draws, device=device), torch.rand(9, generator=draws_2, device=device))
+    assert torch.equal(torch.rand(9, generator=draws, device=device),
+                       torch.rand(9, generator=draws_2, device=device))
 
 
 @pytest.mark.parametrize("micro_batch", [None, 5])
 def test_activations_computed_again_give_the_same_gradient_from_less_memory(micro_batch):
-    """The prompts' keys are in a cache that a second forward must not extend; all prompts but one are padded."""
+    """The prompts' keys are in a cache that a second forward must not extend; all prompts but one
+    are padded."""
     gradients, kept = [], []
     for recompute in (False, True):
         policy, tokenizer = small()
         rollout, policy.recompute = rollout_of(policy, tokenizer, 0.7), recompute
         sizes = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
-            train.train_step(policy, Still(policy), rollout, REWARDS, BONUS, G, temperature=0.7, micro_batch=micro_batch,
-                             grad_clip=1e9)
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x,
+                                                      lambda x: x):
+            train.train_step(policy, Still(policy), rollout, REWARDS, BONUS, G, temperature=0.7,
+                             micro_batch=micro_batch, grad_clip=1e9)
         gradients.append(gradient(policy))
         kept.append(sum(sizes))
     plain, again = gradients
@@ -208,14 +234,17 @@ def test_activations_computed_again_give_the_same_gradient_from_less_memory(micr
 
 @core("train_step")
 def test_the_stop_token_is_trained():
-    """One answer that is nothing but the stop token: raising it must move the weights, and raise exactly it."""
+    """One answer that is nothing but the stop token: raising it must move the weights, and raise
+    exactly it."""
     policy, tokenizer = small()
-    rollout = train.demonstrations(tokenizer, ["1 1,2="] * 2, ["", ""], policy.stop_ids[0], policy.device)
+    rollout = train.demonstrations(tokenizer, ["1 1,2="] * 2, ["", ""], policy.stop_ids[0],
+                                   policy.device)
     assert rollout.mask.tolist() == [[True], [True]], "the stop token must be inside the mask"
     optimizer = train.make_optimizer(policy, 1e-2)
     before = policy_module.score(policy, rollout, torch.arange(2), 1, 1.0)[0][0, 0].item()
     train.train_step(policy, optimizer, rollout, torch.ones(2), losses.sft, 1)
-    assert policy_module.score(policy, rollout, torch.arange(2), 1, 1.0)[0][0, 0].item() > before + 0.01
+    assert policy_module.score(policy, rollout, torch.arange(2), 1,
+                               1.0)[0][0, 0].item() > before + 0.01
 
 
 @care("train_step")
@@ -223,14 +252,16 @@ def test_smallest_learning_rates_move_fp32_weights():
     policy, tokenizer = small()
     assert {w.dtype for w in policy.parameters()} == {torch.float32}
     before = torch.cat([w.detach().flatten().clone() for w in policy.parameters()])
-    train.train_step(policy, train.make_optimizer(policy, 1e-6), rollout_of(policy, tokenizer), REWARDS, SMOOTH, G)
+    train.train_step(policy, train.make_optimizer(policy, 1e-6), rollout_of(policy, tokenizer),
+                     REWARDS, SMOOTH, G)
     after = torch.cat([w.detach().flatten() for w in policy.parameters()])
     assert (after != before).float().mean() > 0.9, "a step of 1e-6 must change nearly every weight"
 
 
 @pytest.mark.parametrize("shape", [(64, 128), (384, 128), (128, 128)])
 def test_a_step_of_muon_is_orthogonal_and_as_torch_makes_it(shape):
-    """U V^T up to the iteration's own 0.7 .. 1.2, where a singular value is not tiny; torch.optim.Muon up to bf16."""
+    """U V^T up to the iteration's own 0.7 .. 1.2, where a singular value is not tiny;
+    torch.optim.Muon up to bf16."""
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     singular = torch.linalg.svdvals(train.orthogonal(x))
     large = torch.linalg.svdvals(x) > 0.1 * torch.linalg.matrix_norm(x, 2)
@@ -238,16 +269,21 @@ def test_a_step_of_muon_is_orthogonal_and_as_torch_makes_it(shape):
     policy, _ = small()
     theirs = copy.deepcopy(policy)
     before = copy.deepcopy(policy)
-    ours, rest = train.Muon(policy, 0.01), [w for w in theirs.model.layers.parameters() if w.dim() == 2]
-    peer = torch.optim.Muon(rest, lr=0.01, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
-    for step in range(3):                              # other gradients each time, or looking ahead would not show
+    ours, rest = train.Muon(policy,
+                            0.01), [w for w in theirs.model.layers.parameters() if w.dim() == 2]
+    peer = torch.optim.Muon(rest, lr=0.01, weight_decay=0.1, momentum=0.95,
+                            adjust_lr_fn="match_rms_adamw")
+    for step in range(3):  # other gradients each time, or looking ahead would not show
         for w, v in zip(policy.parameters(), theirs.parameters()):
             w.grad = torch.randn(w.shape, generator=torch.Generator().manual_seed(step))
             v.grad = w.grad.clone()
         ours.step(), peer.step()
-    moved = [(a - b, c - b) for a, b, c in zip(*(model.model.layers.parameters() for model in (policy, before, theirs))) if a.dim() == 2]
+    moved = [(a - b, c - b) for a, b, c in zip(*(model.model.layers.parameters()
+                                                 for model in (policy, before, theirs)))
+             if a.dim() == 2]
     assert all((mine - his).norm() < 0.05 * his.norm() for mine, his in moved), "not torch's step"
-    assert all(not torch.equal(a, b) for a, b in zip(policy.parameters(), before.parameters())), "the others move, too"
+    assert all(not torch.equal(a, b) for a, b in zip(policy.parameters(), before.parameters())), \
+        "the others move, too"
 
 
 @care("train_step")
@@ -259,22 +295,29 @@ def test_a_nan_never_reaches_the_weights():
         poison[2, 0] = float("nan")
         return loss + (poison * logp).sum(), stats
     before = [w.detach().clone() for w in policy.parameters()]
-    stats = train.train_step(policy, train.make_optimizer(policy, 1e-2), rollout_of(policy, tokenizer), REWARDS, broken, G)
-    assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters())), "weights moved on a NaN"
-    assert stats["bad"] and stats["bad_rows"] == [2], "stats['bad_rows'] must be [2], the row with the NaN"
+    stats = train.train_step(policy, train.make_optimizer(policy, 1e-2),
+                             rollout_of(policy, tokenizer), REWARDS, broken, G)
+    assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters())), \
+        "weights moved on a NaN"
+    assert stats["bad"] and stats["bad_rows"] == [2], \
+        "stats['bad_rows'] must be [2], the row with the NaN"
 
 
-# --------------------------------------------------------------------------------------------------------- whole runs
+# --------------------------------------------------------------------------------------- whole runs
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """runs/base, warm-started for long enough on a toy setting (2 numbers) that some answers are right."""
+    """runs/base, warm-started for long enough on a toy setting (2 numbers) that some answers are
+    right."""
     out = tmp_path_factory.mktemp("runs")
     task = Countdown(counts=(2,), high=4, targets=(1, 8))
     policy, tokenizer = policy_module.tiny(width=64, layers=2, heads=2, kv_heads=1, inner=128)
     train.warm_start(policy, tokenizer, task, steps=40, prompts=16, say=lambda line: None)
     policy_module.save(policy, tokenizer, out / "base" / "model")
-    flags = {"task": "countdown", "prompt": "bare", "counts": [2], "high": 4, "targets": [1, 8], "max_new_tokens": 8}
+    flags = {
+        "task": "countdown", "prompt": "bare", "counts": [2], "high": 4, "targets": [1, 8],
+        "max_new_tokens": 8
+    }
     (out / "base" / "flags.json").write_text(json.dumps(flags))
     return out
 
@@ -320,15 +363,21 @@ os._exit(0)                                                 # as train.py ends, 
 
 
 def launched(script, folders, processes, flags):
-    """The script under torchrun, with one launcher in each of the folders: a machine each, all of them this one."""
+    """The script under torchrun, with one launcher in each of the folders: a machine each, all of
+    them this one."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    launchers = [subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", f"--nnodes={len(folders)}", f"--nproc_per_node={processes}", f"--node_rank={i}",
-         "--rdzv_backend=static", "--master_addr=127.0.0.1", f"--master_port={port}", str(script), *flags], cwd=folder,
-        stdout=open(folder / "said", "w"), stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        for i, folder in enumerate(folders)]
+    launchers = [
+        subprocess.Popen([
+            sys.executable, "-m", "torch.distributed.run", f"--nnodes={len(folders)}",
+            f"--nproc_per_node={processes}", f"--node_rank={i}", "--rdzv_backend=static",
+            "--master_addr=127.0.0.1", f"--master_port={port}",
+            str(script), *flags
+        ], cwd=folder, stdout=open(folder / "said", "w"), stderr=subprocess.STDOUT,
+                         env=os.environ | {"OMP_NUM_THREADS": "1"})
+        for i, folder in enumerate(folders)
+    ]
     try:
         codes = [launcher.wait(timeout=300) for launcher in launchers]
     finally:
@@ -338,8 +387,9 @@ def launched(script, folders, processes, flags):
 
 
 def test_two_processes_make_the_update_and_the_table_of_one(base, tmp_path, device):
-    """Two steps with FSDP2: same loss, same gradient norm, same weights as in one process. Before them a run: the same table
-    of the base. On the CPU by two launchers, as two machines: the second has the base, and gets no other file."""
+    """Two steps with FSDP2: same loss, same gradient norm, same weights as in one process. Before
+    them a run: the same table of the base. On the CPU by two launchers, as two machines: the second
+    has the base, and gets no other file."""
     if device == "cuda" and torch.cuda.device_count() < 2:
         pytest.skip("NCCL takes one process a GPU, and one GPU is here")
     script = tmp_path / "script.py"
@@ -347,59 +397,78 @@ def test_two_processes_make_the_update_and_the_table_of_one(base, tmp_path, devi
     one, two, second = folders = [tmp_path / name for name in ("one", "two", "second")]
     for folder in folders:
         shutil.copytree(base / "base", folder / "runs" / "base")
-    flags = [*TOY.split(), "--loss", "entropy", "--steps", "2", "--eval-problems", "2", "--eval-samples", "4", "--rows", "4",
-             "--out", "runs", "--device", device]
+    flags = [
+        *TOY.split(), "--loss", "entropy", "--steps", "2", "--eval-problems", "2", "--eval-samples",
+        "4", "--rows", "4", "--out", "runs", "--device", device
+    ]
     launched(script, [one], 1, flags)
     launched(script, *(([two, second], 1) if device == "cpu" else ([two], 2)), flags)
     results = [torch.load(folder / "update.pt", weights_only=True) for folder in (one, two)]
     (weights, loss, norm), (weights_2, loss_2, norm_2) = results
     close = 1 if device == "cpu" else 10               # a GPU rounds otherwise
-    assert abs(loss - loss_2) < close * 1e-6 and abs(norm - norm_2) < close * 1e-5 * norm, (loss, loss_2, norm, norm_2)
+    assert abs(loss - loss_2) < close * 1e-6 and abs(norm - norm_2) < close * 1e-5 * norm, \
+        (loss, loss_2, norm, norm_2)
     for name, w in weights.items():
-        assert torch.allclose(w, weights_2[name], atol=close * 1e-5), f"{name} differs by {(w - weights_2[name]).abs().max()}"
-    tables = [json.loads((folder / "runs" / "entropy" / "eval.json").read_text())["models"] for folder in (one, two)]
+        assert torch.allclose(w, weights_2[name], atol=close * 1e-5), \
+            f"{name} differs by {(w - weights_2[name]).abs().max()}"
+    tables = [
+        json.loads((folder / "runs" / "entropy" / "eval.json").read_text())["models"]
+        for folder in (one, two)
+    ]
     assert tables[0]["base"] == tables[1]["base"] and len(tables[1]["entropy"]["records"]) == 2
-    assert "Pass@4" in (two / "said").read_text() and [file.name for file in (second / "runs").iterdir()] == ["base"]
+    assert "Pass@4" in (two / "said").read_text()
+    assert [file.name for file in (second / "runs").iterdir()] == ["base"]
     assert device == "cuda" or (second / "said").read_text() == ""
 
 
 def test_a_refusal_of_the_first_process_ends_the_others(base):
-    """Of two processes only the first looks at the folder; the second must not go on alone into a broken connection."""
+    """Of two processes only the first looks at the folder; the second must not go on alone into a
+    broken connection."""
     go(base, "--loss", "grpo", "--steps", 1, "--name", "taken")
-    ran = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "train.py"),
-                          *TOY.split(), "--out", str(base), "--loss", "grpo", "--name", "taken"],
-                         capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    ran = subprocess.run([
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+        str(ROOT / "train.py"), *TOY.split(), "--out",
+        str(base), "--loss", "grpo", "--name", "taken"
+    ], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     said = [line for line in ran.stderr.splitlines() if "error:" in line]
     assert ran.returncode and any("holds a run already" in line for line in said), ran.stderr
-    assert all("holds a run already" in line or "the first process ended the run" in line for line in said), ran.stderr
+    assert all("holds a run already" in line or "the first process ended the run" in line
+               for line in said), ran.stderr
 
 
 TIMES = ("sample_s", "update_s", "memory_gb", "tokens_s")
 
 
 def untimed(base, name):
-    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows(base, name)]
+    return [{key: value
+             for key, value in row.items() if key not in TIMES} for row in rows(base, name)]
 
 
 def test_twenty_steps_raise_the_reward(base):
-    assert go(base, "--loss", "diffsmooth", "--steps", 20, "--name", "learn", "--gamma_p", 0.02) == 0
+    assert go(base, "--loss", "diffsmooth", "--steps", 20, "--name", "learn", "--gamma_p",
+              0.02) == 0
     reward = [float(row["reward"]) for row in rows(base, "learn")]
-    assert sum(reward[-5:]) > sum(reward[:5]) + 0.5, f"mean reward of five steps went {reward[:5]} -> {reward[-5:]}"
+    assert sum(reward[-5:]) > sum(reward[:5]) + 0.5, \
+        f"mean reward of five steps went {reward[:5]} -> {reward[-5:]}"
     policy_module.load(base / "learn" / "model")       # and the result is a checkpoint
 
 
 @pytest.mark.parametrize("updates", [1, 2])
 def test_resume_is_bit_for_bit(base, updates):
     """6 steps at once against 3, then 3 more after a restart: same log, same weights."""
-    common = ("--loss", "grpo", "--updates", updates, "--save-every", 3, "--dynamic-sampling", 1, "--schedule", "constant")
+    common = ("--loss", "grpo", "--updates", updates, "--save-every", 3, "--dynamic-sampling", 1,
+              "--schedule", "constant")
     assert go(base, *common, "--steps", 6, "--name", f"whole{updates}") == 0
     assert go(base, *common, "--steps", 3, "--name", f"halves{updates}") == 0
     assert go(base, *common, "--steps", 6, "--name", f"halves{updates}", "--resume") == 0
     assert untimed(base, f"whole{updates}") == untimed(base, f"halves{updates}")
-    one, two = (policy_module.load(base / f"{half}{updates}" / "model")[0] for half in ("whole", "halves"))
-    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters())), "weights differ after --resume"
+    one, two = (policy_module.load(base / f"{half}{updates}" / "model")[0]
+                for half in ("whole", "halves"))
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters())), \
+        "weights differ after --resume"
     ratios = [float(row["ratio_max"]) for row in rows(base, f"whole{updates}")]
-    assert (max(ratios) > 1.001) == (updates > 1), "the second update of a rollout must see ratios other than 1"
+    assert (max(ratios) > 1.001) == (updates > 1), \
+        "the second update of a rollout must see ratios other than 1"
 
 
 def test_damaged_checkpoint_is_noticed_and_the_one_before_is_used(base, capsys):
@@ -415,7 +484,8 @@ def test_damaged_checkpoint_is_noticed_and_the_one_before_is_used(base, capsys):
     assert "damaged" in capsys.readouterr().err
     assert [row["step"] for row in rows(base, "damaged")] == ["1", "2", "3", "4", "5"]
     saved = sorted((base / "damaged" / "checkpoints").iterdir())
-    assert [file.name for file in saved] == ["0000004.safetensors", "0000005.safetensors"], "the last step is saved in any case"
+    assert [file.name for file in saved] == ["0000004.safetensors", "0000005.safetensors"], \
+        "the last step is saved in any case"
     for file in (base / "damaged" / "checkpoints").glob("*.safetensors"):
         file.write_bytes(file.read_bytes()[:1000])
     assert go(base, *common, "--steps", 8, "--resume") == 2
@@ -423,18 +493,22 @@ def test_damaged_checkpoint_is_noticed_and_the_one_before_is_used(base, capsys):
 
 
 def test_a_whole_run_on_every_device(base, device, capsys):
-    """What a run has besides its steps: a reference, redraws, two updates a rollout, chunks, checkpoints, a table; it goes on."""
-    flags = ("--loss", "grpo", "--beta", 0.1, "--updates", 2, "--dynamic-sampling", 1, "--micro-batch", 24, "--checkpoint-activations",
-             "--eval-problems", 2, "--eval-samples", 3, "--name", f"on {device}", "--device", device)
+    """What a run has besides its steps: a reference, redraws, two updates a rollout, chunks,
+    checkpoints, a table; it goes on."""
+    flags = ("--loss", "grpo", "--beta", 0.1, "--updates", 2, "--dynamic-sampling", 1,
+             "--micro-batch", 24, "--checkpoint-activations", "--eval-problems", 2,
+             "--eval-samples", 3, "--name", f"on {device}", "--device", device)
     for steps, more in ((2, []), (3, ["--resume"])):
         assert go(base, *flags, "--steps", steps, *more) == 0
         assert f"on {device} (gain over base)" in table_of(capsys.readouterr().out)
     log = rows(base, f"on {device}")
-    assert [row["step"] for row in log] == ["1", "2", "3"] and all(math.isfinite(float(x)) for row in log for x in row.values()), log
+    assert [row["step"] for row in log] == ["1", "2", "3"]
+    assert all(math.isfinite(float(x)) for row in log for x in row.values()), log
 
 
 class Scripted(Countdown):
-    """A task whose reward is decided by the group's number: group 0 all right, 1 all wrong, then mixed, and so on."""
+    """A task whose reward is decided by the group's number: group 0 all right, 1 all wrong, then
+    mixed, and so on."""
 
     def __init__(self):
         super().__init__(counts=(2,), high=4, targets=(1, 8))
@@ -447,18 +521,22 @@ class Scripted(Countdown):
 
 def test_dynamic_sampling_keeps_mixed_groups_and_is_bounded():
     policy, tokenizer = small()
-    flags = dict(group_size=G, prompts=3, max_new_tokens=4, temperature=1.0, rows=5)    # rows: one prompt at a time
+    # rows: one prompt at a time
+    flags = dict(group_size=G, prompts=3, max_new_tokens=4, temperature=1.0, rows=5)
     for redraws, mixed in ((0, 1), (1, 2), (2, 3), (9, 3)):
         args = argparse.Namespace(**flags, dynamic_sampling=redraws)
-        problems, rollout, rewards = train.collect(policy, tokenizer, Scripted(), args, random.Random(0),
+        problems, rollout, rewards = train.collect(policy, tokenizer, Scripted(), args,
+                                                   random.Random(0),
                                                    torch.Generator().manual_seed(0))
-        assert len(problems) == 3 and len(rewards) == len(rollout.texts) == 12, "the batch must be full"
+        assert len(problems) == 3 and len(rewards) == len(rollout.texts) == 12, \
+            "the batch must be full"
         share = rewards.view(3, G).mean(1)
         assert ((share > 0) & (share < 1)).sum() == mixed, f"{redraws} redraws: {share.tolist()}"
 
 
 def test_the_learning_rate_rises_and_falls_by_hand():
-    """lr 1, warmup 2, 5 steps: up in two, then down by a quarter a step, 0 one step after the last."""
+    """lr 1, warmup 2, 5 steps: up in two, then down by a quarter a step, 0 one step after the
+    last."""
     def rates(steps, warmup, schedule="linear"):
         args = argparse.Namespace(lr=1.0, steps=steps, warmup=warmup, schedule=schedule)
         return [train.learning_rate(step, args) for step in range(1, steps + 1)]
@@ -469,18 +547,24 @@ def test_the_learning_rate_rises_and_falls_by_hand():
 
 
 def test_the_facts_of_a_step_by_hand():
-    """Of two problems the first has three right answers, two of them one; the second has none, and so no contrast."""
+    """Of two problems the first has three right answers, two of them one; the second has none, and
+    so no contrast."""
     texts = ["1+2", "2+1", "3*1", "((", "1+1", "1+1", "1+1", ""]
     lengths = torch.tensor([4, 4, 4, 2, 4, 4, 4, 1])
-    rollout = argparse.Namespace(texts=texts, mask=torch.arange(4) < lengths[:, None], finished=torch.arange(8) != 3)
+    rollout = argparse.Namespace(texts=texts, mask=torch.arange(4) < lengths[:, None],
+                                 finished=torch.arange(8) != 3)
     line = train.facts(7, Countdown(), None, rollout, torch.tensor([1., 1, 1, 0, 0, 0, 0, 0]), 4)
-    assert line == {"step": 7, "reward": 3 / 8, "solved": 1 / 2, "distinct": (2 + 0) / 2, "equal": 1 / 2, "parsed": 6 / 8,
-                    "length": 27 / 8, "cut": 1 / 8}
+    assert line == {
+        "step": 7, "reward": 3 / 8, "solved": 1 / 2, "distinct": (2 + 0) / 2, "equal": 1 / 2,
+        "parsed": 6 / 8, "length": 27 / 8, "cut": 1 / 8
+    }
 
 
 def test_the_costs_of_a_step_by_hand():
-    """Six tokens in three seconds; a Python that has imported torch takes more than a twentieth of a GiB."""
-    rollout = argparse.Namespace(tokens=torch.zeros(2, 5), mask=torch.tensor([[True] * 4, [True, True, False, False]]))
+    """Six tokens in three seconds; a Python that has imported torch takes more than a twentieth of
+    a GiB."""
+    rollout = argparse.Namespace(tokens=torch.zeros(2, 5),
+                                 mask=torch.tensor([[True] * 4, [True, True, False, False]]))
     line = train.costs(rollout, 1.0, 2.0)
     assert (line["sample_s"], line["update_s"], line["tokens_s"]) == (1, 2, 2)
     assert 0.05 < line["memory_gb"] < 1000 if train.resource else line["memory_gb"] == 0
@@ -488,17 +572,23 @@ def test_the_costs_of_a_step_by_hand():
 
 def test_flags_at_the_edge_of_what_is_allowed():
     """What lies beyond is refused: test_survival.py."""
-    args = train.parse(["--group-size", "2", "--prompts", "1", "--steps", "1", "--warmup", "0", "--seed", str(2 ** 63 - 1)])
+    args = train.parse([
+        "--group-size", "2", "--prompts", "1", "--steps", "1", "--warmup", "0", "--seed",
+        str(2**63 - 1)
+    ])
     assert (args.group_size, args.prompts, args.seed) == (2, 1, 2 ** 63 - 1)
 
 
 def test_the_defaults_are_those_that_the_study_was_made_with():
     args = train.parse([])
-    assert (args.loss, args.prompts, args.group_size, args.steps, args.lr, args.warmup) == ("diffsmooth", 32, 16, 1200, 1e-4, 10)
-    assert (args.temperature, args.eval_problems, args.eval_samples, args.eval_temperature, args.warm_steps) == (1.0, 512, 64, 0.7, 500)
+    assert (args.loss, args.prompts, args.group_size, args.steps, args.lr,
+            args.warmup) == ("diffsmooth", 32, 16, 1200, 1e-4, 10)
+    assert (args.temperature, args.eval_problems, args.eval_samples, args.eval_temperature,
+            args.warm_steps) == (1.0, 512, 64, 0.7, 500)
 
 
-@pytest.mark.parametrize("loss, option", [("diffsmooth", "gamma_p"), ("diffsmooth", "gamma_n"), ("entropy", "entropy_coef")])
+@pytest.mark.parametrize("loss, option", [("diffsmooth", "gamma_p"), ("diffsmooth", "gamma_n"),
+                                          ("entropy", "entropy_coef")])
 def test_an_option_that_makes_the_loss_infinite_is_refused(loss, option):
     with pytest.raises(ValueError, match=f"the options of --loss {loss} make its value"):
         train.parse(["--loss", loss, f"--{option}", "inf"])
@@ -510,15 +600,20 @@ def test_a_run_follows_the_schedule_and_a_resumed_one_that_of_its_new_length(bas
     lr = [float(row["lr"]) for row in rows(base, "rates")]
     assert lr == pytest.approx([5e-4, 1e-3, 7.5e-4, 5e-4, 2.5e-4]), lr
     assert go(base, *flags, "--steps", 9, "--resume") == 0
-    assert "steps was 5 and is 9 from here on, and the learning rate falls to 0 there." in capsys.readouterr().out
+    assert "steps was 5 and is 9 from here on, and the learning rate falls to 0 there." in capsys.readouterr(
+    ).out
     lr = [float(row["lr"]) for row in rows(base, "rates")][5:]
-    assert lr == pytest.approx([5e-4, 3.75e-4, 2.5e-4, 1.25e-4]), f"steps 6 to 9 of a run of 9: {lr}"
+    assert lr == pytest.approx([5e-4, 3.75e-4, 2.5e-4, 1.25e-4]), \
+        f"steps 6 to 9 of a run of 9: {lr}"
 
 
 def test_an_answer_is_shown_in_full_at_first_and_every_so_many_steps(base, capsys):
     assert go(base, "--loss", "grpo", "--steps", 7, "--show-every", 3, "--name", "shown") == 0
     lines = capsys.readouterr().out.splitlines()
-    shown = [line.split()[1] for line, after in zip(lines, lines[1:]) if line.startswith("step") and "' -> '" in after]
+    shown = [
+        line.split()[1] for line, after in zip(lines, lines[1:])
+        if line.startswith("step") and "' -> '" in after
+    ]
     assert shown == ["1", "3", "6"], lines
 
 
@@ -542,25 +637,30 @@ def table_of(text):
 
 
 def test_the_table_has_a_column_for_what_was_measured_alike(base, capsys, monkeypatch):
-    """A run beside this one counts where task, base, samples, temperature and problems are the same; and nothing is
-    measured twice."""
+    """A run beside this one counts where task, base, samples, temperature and problems are the
+    same; and nothing is measured twice."""
     import eval as evaluation
     measured, evaluate = [], evaluation.evaluate
-    monkeypatch.setattr(evaluation, "evaluate", lambda *args: measured.append(len(args[3])) or evaluate(*args))
+    monkeypatch.setattr(evaluation, "evaluate",
+                        lambda *args: measured.append(len(args[3])) or evaluate(*args))
     table = ("--steps", 1, "--eval-problems", 2, "--eval-samples", 2)
     assert go(base, "--loss", "rloo", "--name", "first", *table) == 0
     text = capsys.readouterr().out
     assert "first (gain over base)" in table_of(text) and len(measured) == 2, "the base and the run"
-    assert text.splitlines()[-1].endswith("python train.py --loss grpo"), "alone, it names the other command"
+    assert text.splitlines()[-1].endswith("python train.py --loss grpo"), \
+        "alone, it names the other command"
     assert go(base, "--loss", "grpo", "--name", "second", *table) == 0
     text = capsys.readouterr().out
-    assert "first (gain over base)" in text and "second (gain over base)" in text and len(measured) == 3, "the base is known"
-    one, two = (json.loads((base / name / "eval.json").read_text())["models"] for name in ("first", "second"))
+    assert "first (gain over base)" in text and "second (gain over base)" in text
+    assert len(measured) == 3, "the base is known"
+    one, two = (json.loads((base / name / "eval.json").read_text())["models"]
+                for name in ("first", "second"))
     assert one["base"] == two["base"] and set(two) == {"base", "second"}
-    for name, more in (("n", ("--eval-samples", 4)), ("T", ("--eval-temperature", 1.3)), ("problems", ("--eval-problems", 1)),
-                       ("length", ("--max-new-tokens", 7))):
+    for name, more in (("n", ("--eval-samples", 4)), ("T", ("--eval-temperature", 1.3)),
+                       ("problems", ("--eval-problems", 1)), ("length", ("--max-new-tokens", 7))):
         flags = dict(zip(table[::2], table[1::2])) | dict([more])
-        assert go(base, "--loss", "grpo", "--name", f"other {name}", *[x for pair in flags.items() for x in pair]) == 0
+        assert go(base, "--loss", "grpo", "--name", f"other {name}",
+                  *[x for pair in flags.items() for x in pair]) == 0
         assert "first" not in table_of(capsys.readouterr().out), f"another {name} is another table"
     made = base / "base" / "model" / "model.safetensors"
     before = made.read_bytes()
@@ -578,7 +678,9 @@ def test_the_table_has_a_column_for_what_was_measured_alike(base, capsys, monkey
 
 def test_a_kl_weight_loads_the_frozen_reference(base):
     assert go(base, "--loss", "grpo", "--beta", 0.1, "--steps", 2, "--name", "kl") == 0
-    assert [float(row["kl"]) for row in rows(base, "kl")][0] < 1e-6 < [float(row["kl"]) for row in rows(base, "kl")][1]
+    assert [float(row["kl"])
+            for row in rows(base, "kl")][0] < 1e-6 < [float(row["kl"])
+                                                      for row in rows(base, "kl")][1]
 
 
 def test_two_processes_cannot_share_a_run_folder(base, capsys):
@@ -589,10 +691,11 @@ def test_two_processes_cannot_share_a_run_folder(base, capsys):
     held.close()
 
 
-# ---------------------------------------------------- for those who write the step themselves: failures that know the mistake
+# -------------------------- for those who write the step themselves: failures that know the mistake
 
 def probed(gradients):
-    """A gradient of the model as three numbers: its norm, and its products with two fixed directions."""
+    """A gradient of the model as three numbers: its norm, and its products with two fixed
+    directions."""
     g = torch.cat([x.flatten() for x in gradients])
     directions = torch.randn(2, len(g), generator=torch.Generator().manual_seed(5))
     return torch.cat([g.norm()[None], directions @ g])
@@ -601,7 +704,8 @@ def probed(gradients):
 @core("train_step")
 @pytest.mark.parametrize("micro_batch", [None, 4, 8])
 def test_the_gradient_of_the_whole_batch_is_named(micro_batch):
-    """A mean over all tokens of the batch, and an entropy bonus; chunks of whole groups, so that a loss a chunk would not fail."""
+    """A mean over all tokens of the batch, and an entropy bonus; chunks of whole groups, so that a
+    loss a chunk would not fail."""
     policy, tokenizer = small()
     rollout = rollout_of(policy, tokenizer, 0.7)
     loss_fn = functools.partial(losses.entropy, entropy_coef=0.3, agg="token_mean")
@@ -613,39 +717,53 @@ def test_the_gradient_of_the_whole_batch_is_named(micro_batch):
         return torch.autograd.grad(loss, list(policy.parameters()))
 
     whole = probed(slopes())
-    chunks = [probed(slopes(slice(i, i + (micro_batch or 12)))) for i in range(0, 12, micro_batch or 12)]
+    chunks = [
+        probed(slopes(slice(i, i + (micro_batch or 12)))) for i in range(0, 12, micro_batch or 12)
+    ]
     value, plain = (loss_fn(logp, logp, rollout.mask, REWARDS, G, entropy=entropy)[0].item()
                     for logp, entropy in (naive_score(policy, rollout, T) for T in (0.7, 1.0)))
-    stats = train.train_step(policy, Still(policy), rollout, REWARDS, loss_fn, G, temperature=0.7, micro_batch=micro_batch, grad_clip=1e9)
+    stats = train.train_step(policy, Still(policy), rollout, REWARDS, loss_fn, G, temperature=0.7,
+                             micro_batch=micro_batch, grad_clip=1e9)
     grads = [torch.zeros_like(w) if w.grad is None else w.grad for w in policy.parameters()]
-    linear = lambda parts: torch.cat([whole[:1] * 0, sum(parts)[1:]])           # norms do not add up
-    check(f"the gradient with micro_batch {micro_batch}, probed in two directions", linear([probed(grads)]), linear([whole]), 1e-4, 1e-3,
-          bugs=lambda: {"the mean of the chunks' losses, where the batch has one": linear(chunks) / len(chunks),
-                        "the sum of the chunks' losses": linear(chunks), "the last chunk's gradient alone": linear(chunks[-1:]),
-                        "the first chunk's gradient alone": linear(chunks[:1]), "the gradient divided by the chunks once more": linear([whole]) / len(chunks),
-                        "a temperature of 1 in the score": linear([probed(slopes(temperature=1.0))]),
-                        "the entropy's gradient dropped": linear([probed(slopes(bonus=False))]), "the sign": -linear([whole]),
-                        "no gradient at all: is the loss cut off?": 0 * whole})
+    linear = lambda parts: torch.cat([whole[:1] * 0, sum(parts)[1:]])  # norms do not add up
+    check(
+        f"the gradient with micro_batch {micro_batch}, probed in two directions",
+        linear([probed(grads)]), linear([whole]), 1e-4, 1e-3, bugs=lambda: {
+            "the mean of the chunks' losses, where the batch has one": linear(chunks) / len(chunks),
+            "the sum of the chunks' losses": linear(chunks), "the last chunk's gradient alone":
+            linear(chunks[-1:]), "the first chunk's gradient alone": linear(chunks[:1]),
+            "the gradient divided by the chunks once more": linear([whole]) / len(chunks),
+            "a temperature of 1 in the score": linear([probed(slopes(temperature=1.0))]),
+            "the entropy's gradient dropped": linear([probed(slopes(bonus=False))]), "the sign":
+            -linear([whole]), "no gradient at all: is the loss cut off?": 0 * whole
+        })
     check("the norm of the gradient", probed(grads)[0], whole[0], 1e-4, 1e-3)
-    check(f"stats['loss'] with micro_batch {micro_batch}", stats["loss"], value, 1e-4, 1e-4, bugs={"a temperature of 1 in the score": plain})
+    check(f"stats['loss'] with micro_batch {micro_batch}", stats["loss"], value, 1e-4, 1e-4,
+          bugs={"a temperature of 1 in the score": plain})
 
 
 @core("train_step")
 def test_old_log_probabilities_are_used():
-    """Given old_logp, the ratio is not 1: the loss of reinforcement is that of losses.py for these numbers."""
+    """Given old_logp, the ratio is not 1: the loss of reinforcement is that of losses.py for these
+    numbers."""
     policy, tokenizer = small()
     rollout = rollout_of(policy, tokenizer)
     logp, entropy = (x.detach() for x in naive_score(policy, rollout, 1.0))
-    old = torch.where(rollout.mask, logp - 0.15 * REWARDS[:, None], 0.0)     # by one factor each, A would cancel
+    # by one factor each, A would cancel
+    old = torch.where(rollout.mask, logp - 0.15 * REWARDS[:, None], 0.0)
     right, same = (losses.grpo(logp, x, rollout.mask, REWARDS, G)[0].item() for x in (old, logp))
     stats = train.train_step(policy, Still(policy), rollout, REWARDS, losses.grpo, G, old_logp=old)
-    check("stats['loss'] with old_logp given", stats["loss"], right, 1e-4, 1e-4,
-          bugs={"old_logp ignored": same, "logp and old_logp exchanged": losses.grpo(old, logp, rollout.mask, REWARDS, G)[0].item()})
+    check(
+        "stats['loss'] with old_logp given", stats["loss"], right, 1e-4, 1e-4, bugs={
+            "old_logp ignored": same, "logp and old_logp exchanged":
+            losses.grpo(old, logp, rollout.mask, REWARDS, G)[0].item()
+        })
 
 
 @core("train_step")
 def test_a_step_goes_downhill_and_begins_afresh():
-    """Plain gradient descent: w becomes w - lr g, in the second step as well: no gradient is left over from the first."""
+    """Plain gradient descent: w becomes w - lr g, in the second step as well: no gradient is left
+    over from the first."""
     policy, tokenizer = small()
     rollout = rollout_of(policy, tokenizer)
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.01)
@@ -657,9 +775,12 @@ def test_a_step_goes_downhill_and_begins_afresh():
         before = [w.detach().clone() for w in policy.parameters()]
         train.train_step(policy, optimizer, rollout, REWARDS, SMOOTH, G, grad_clip=1e9)
         moved = probed([(a - w.detach()) / 0.01 for a, w in zip(before, policy.parameters())])
-        bugs = {"the sign: uphill": right * torch.tensor([1., -1, -1]), "no optimizer.step()": 0 * right}
+        bugs = {
+            "the sign: uphill": right * torch.tensor([1., -1, -1]), "no optimizer.step()": 0 * right
+        }
         if left is not None:
-            bugs["the gradient of the step before still in it: zero_grad is missing"] = torch.cat([moved[:1], (right + left)[1:]])
+            bugs["the gradient of the step before still in it: zero_grad is missing"] = torch.cat(
+                [moved[:1], (right + left)[1:]])
         check(f"what step {step} took off the weights, by lr", moved, right, 2e-3, 2e-3, bugs=bugs)
         left = right
 
@@ -671,11 +792,14 @@ def test_the_gradient_is_clipped_and_its_norm_told():
     stats = train.train_step(policy, Still(policy), rollout, REWARDS, SMOOTH, G, grad_clip=1e9)
     whole = gradient(policy).norm().item()
     check("stats['grad_norm'], before clipping", stats["grad_norm"], whole, 1e-5, 1e-4)
-    stats = train.train_step(policy, Still(policy), rollout, REWARDS, SMOOTH, G, grad_clip=whole / 2)
-    check("the norm of a gradient clipped at half its norm", gradient(policy).norm(), whole / 2, 1e-5, 1e-3)
+    stats = train.train_step(policy, Still(policy), rollout, REWARDS, SMOOTH, G,
+                             grad_clip=whole / 2)
+    check("the norm of a gradient clipped at half its norm",
+          gradient(policy).norm(), whole / 2, 1e-5, 1e-3)
     check("stats['grad_norm'], before clipping", stats["grad_norm"], whole, 1e-5, 1e-4)
-    claim(all(isinstance(value, (float, int)) for name, value in stats.items() if name != "bad_rows"),
-          "stats must be a flat dict of floats")
+    claim(
+        all(isinstance(value, (float, int)) for name, value in stats.items() if name != "bad_rows"),
+        "stats must be a flat dict of floats")
 
 
 @care("train_step")
@@ -683,5 +807,7 @@ def test_the_reference_reaches_the_loss():
     policy, tokenizer = small()
     rollout = rollout_of(policy, tokenizer)
     reference = torch.where(rollout.mask, naive_score(policy, rollout, 1.0)[0].detach() - 0.5, 0.0)
-    stats = train.train_step(policy, Still(policy), rollout, REWARDS, functools.partial(losses.grpo, beta=0.1), G, ref_logp=reference)
-    check("stats['kl'] for a reference 0.5 below on each token", stats["kl"], 0.5 + 2.718281828 ** -0.5 - 1, 1e-4, 1e-4)
+    stats = train.train_step(policy, Still(policy), rollout, REWARDS,
+                             functools.partial(losses.grpo, beta=0.1), G, ref_logp=reference)
+    check("stats['kl'] for a reference 0.5 below on each token", stats["kl"],
+          0.5 + 2.718281828**-0.5 - 1, 1e-4, 1e-4)
