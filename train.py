@@ -205,8 +205,8 @@ TRACKED, TRACKED_ANSWERS = 128, 16     # held-out problems that --eval-every mea
 AGAIN = "the same command with --resume goes on."
 # What --resume lets one change: the run's length, what cures a NaN or a lack of memory, and what is
 # shown, measured or saved.
-FREE = ("steps", "lr", "micro_batch", "rows", "save_every", "show_every", "eval_problems",
-        "eval_samples", "eval_temperature", "out", "resume", "checkpoint_activations", "files")
+FREE = ("steps", "lr", "micro_batch", "rows", "save_every", "show_every", "eval_every",
+        "eval_problems", "eval_samples", "eval_temperature", "out", "resume", "checkpoint_activations", "files")
 
 
 def prepare(args):
@@ -664,7 +664,10 @@ def make_tasks(this, policy, args):
     # What the end will need is asked for now: an error there would come after a night.
     this.task.problem(random.Random(0))
     tracked = TRACKED if args.eval_every else 0
-    problems = this.test_task.held_out_problems(args.eval_problems + tracked)
+    try:
+        problems = this.test_task.held_out_problems(args.eval_problems + tracked)
+    except ValueError:                                 # a small task has no more
+        problems = this.test_task.held_out_problems(args.eval_problems)
     this.test_problems = problems[:args.eval_problems]
     this.tracked_problems = problems[args.eval_problems:]
     if args.eval_problems and not problems:
