@@ -206,7 +206,8 @@ AGAIN = "the same command with --resume goes on."
 # What --resume lets one change: the run's length, what cures a NaN or a lack of memory, and what is
 # shown, measured or saved.
 FREE = ("steps", "lr", "micro_batch", "rows", "save_every", "show_every", "eval_every",
-        "eval_problems", "eval_samples", "eval_temperature", "out", "resume", "checkpoint_activations", "files")
+        "eval_problems", "eval_samples", "eval_temperature", "out", "resume",
+        "checkpoint_activations", "files")
 
 
 def prepare(args):
