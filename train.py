@@ -84,7 +84,6 @@ def run(args):
                 ref_logp=None if ref_logp is None else ref_logp[rows])
             if stats["bad"]:                           # a NaN or infinite gradient: nothing moved
                 break
-        note_bad_steps(this, step, stats, rollout, rows)
 
         # 3. Measure held-out problems every so often, write down what happened, and save.
         line = progress(step, this.task, rollout, rewards, args.group_size)
@@ -92,6 +91,7 @@ def run(args):
         line |= {"lr": lr} | costs(rollout, sampled - began, time.time() - sampled)
         line |= held_out(this, args, step)
         report(this, args, line, this.task.prompt(problems[0]), rollout.texts[0], rewards[0])
+        note_bad_steps(this, step, stats, rollout, rows)
         stopped = asked_to_stop(this)                  # by Ctrl-C: the step is finished first
         if step % args.save_every == 0 or step == args.steps or stopped:
             save_checkpoint(this.folder / "checkpoints", this.policy, this.optimizer, step,
@@ -218,7 +218,7 @@ def prepare(args):
     if args.prompts // args.updates % world():
         raise UserError(f"{world()} processes must divide --prompts by --updates.")
     say(f"{args.loss} on {args.task}, {device}, torch {torch.__version__}, "
-        f"{torch.get_num_threads()} threads (several runs at once: OMP_NUM_THREADS=1 for each)")
+        f"{torch.get_num_threads()} threads\nseveral runs at once: OMP_NUM_THREADS=1 for each")
     policy, this.tokenizer, this.base = start_policy(args, device, dtype)
     policy.recompute = args.checkpoint_activations
     make_tasks(this, policy, args)
@@ -735,10 +735,11 @@ def save_checkpoint(folder, policy, optimizer, step, rng, generator):
         half_written.unlink()
     file = folder / f"{step:07d}.pt"
     aside = file.with_suffix(".tmp")
-    torch.save({"step": step, "weights": weights, "moments": optimiser["state"],
-                "rng": rng.getstate(), "generators": generators}, aside)
-    with open(aside, "rb+") as written:
-        os.fsync(written.fileno())
+    with open(aside, "wb") as opened:                  # ours: a full disk is then an OSError
+        torch.save({"step": step, "weights": weights, "moments": optimiser["state"],
+                    "rng": rng.getstate(), "generators": generators}, opened)
+        opened.flush()
+        os.fsync(opened.fileno())
     # On the disk first, then renamed: after a power cut there is the whole file or none.
     os.replace(aside, file)
     files = sorted(folder.glob("*.pt"))
