@@ -1,6 +1,6 @@
 """The paper's experiment on two CPU cores: what does smoothing keep, on which task, against what?
 
-    python tests/bench/study.py                          # everything: twenty hours
+    python tests/bench/study.py                          # everything: twenty hours on two cores
     python tests/bench/study.py --tasks many --methods grpo diffsmooth --seeds 4 5 6
     python tests/bench/study.py --only-print > tests/bench/study.md
     python tests/bench/study.py --readme                 # the tables that README shows
@@ -379,12 +379,13 @@ def main():
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[4, 5, 6, 7, 8])
-    parser.add_argument("--results", type=Path, default=Path(__file__).with_suffix(".json"))
-    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "study", help="of the runs")
-    parser.add_argument("--only-print", action="store_true", help="the page, of what is finished")
-    parser.add_argument("--readme", action="store_true", help="the tables that README shows")
-    parser.add_argument("--plot", metavar="FILE", help="the frontier, of the first of --tasks")
-    parser.add_argument("--run", metavar="NAME", help="only this one, as study.json names it")
+    parser.add_argument("--results", type=Path, default=Path(__file__).with_suffix(".json"),
+                        help="the file of the finished runs")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "study", help="their folder")
+    parser.add_argument("--only-print", action="store_true", help="print the page, make no run")
+    parser.add_argument("--readme", action="store_true", help="print the tables that README shows")
+    parser.add_argument("--plot", metavar="FILE", help="draw the frontier on the first of --tasks")
+    parser.add_argument("--run", metavar="NAME", help="make only this one; a name of study.json")
     args = parser.parse_args()
     if args.run and not ARITHMETIC.items() <= os.environ.items():      # read when torch starts
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | ARITHMETIC)

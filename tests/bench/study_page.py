@@ -14,6 +14,7 @@ from study import (BASES, COLUMNS, DEFAULT, FRONTIER, HALF, HEADLINE, KS, LONG, 
                    at_rates, base_name, base_of, best, kept, longer, name_of, tried, validated,
                    with_rate)
 import eval as evaluation                              # found because study.py extends sys.path
+import policy as policy_module
 from policy import UserError
 
 SHOWN = (1, 4, 16, 64, WEIGHTED)
@@ -260,7 +261,7 @@ def claims(study):
 
 # ----------------------------------------------------------------------------------------- the page
 
-# Commits of which 60 steps, of grpo or of diffsmooth, end in the same weights and the same table.
+# Commits with which 60 steps of grpo and of diffsmooth end in the same weights and the same table.
 ALIKE = {"a8c012a", "e303feb", "9ae2d2d", "dc35352", "c4da8b3"}
 
 PAGE = """# The study
@@ -278,7 +279,7 @@ PAGE = """# The study
   below with a hash of its weights, and a run refuses to start from any other. The seed alone does
   not fix a base: without the study's settings for the arithmetic of the processor (`ARITHMETIC` in
   study.py), rounding turns the same seed into another base. With AVX-512, base 0 of `many` solves
-  387 of the {problems} problems a different number of times at T 0.7; base 2 solves 420 differently.
+  387 of the {problems} problems a different number of times at T 0.7; base 2 differs on 420.
 - **The {weighted}** of a model is the mean of two numbers: Pass@1, and the mean of Pass@2, 4 .. 64.
 - **Settings.** Each method has three, tried with seed 0: strengths, or learning rates where it has
   no strength; where the lowest rate is best, a lower one is tried too (never one above the
@@ -371,20 +372,20 @@ def print_bases(results):
     table("The bases", ["base", "made with", "weights, SHA-256", "runs from it"], rows)
 
 
-def solutions(task):
-    """The number of different solutions of each test problem."""
-    import policy as policy_module
+def solutions(name):
+    """The number of different solutions of each test problem of this task."""
     import train
-    flags = train.parse(TASKS[task].split())
-    train.fill_task_flags(flags, policy_module.tiny()[1])
-    judge = train.make_task(flags)
-    return np.array([len(judge.solutions(x)) for x in judge.held_out_problems(PROBLEMS)])
+    from rewards import fill_task_flags, make_task
+    flags = train.parse(TASKS[name].split())
+    fill_task_flags(flags, policy_module.tiny()[1])
+    task = make_task(flags)
+    return np.array([len(task.solutions(x)) for x in task.held_out_problems(PROBLEMS)])
 
 
 def print_task(study):
     numbers = solutions(study.task)
     print(f"\n## `{study.task}` ({TASKS[study.task] or 'the default task'}): {numbers.mean():.1f} "
-          f"solutions a problem, {100 * np.mean(numbers == 1):.0f} % of the problems have one")
+          f"solutions per problem, {100 * np.mean(numbers == 1):.0f} % of the problems have one")
     own = {"base": "base"} | {m: kept(study, m) for m in METHODS}
     if own["diffsmooth"] != DEFAULT:
         own["diffsmooth 0.2"] = DEFAULT
@@ -462,7 +463,7 @@ def print_temperature(study, settings, T, *rivals):
                 rows.append([m, len(seeds), *(gain(lead, x @ COLUMNS[key]) for key in SHOWN),
                              f"{k.mean} [{k.low:.0f}, {k.high:.0f}]"])
         table(f"{title}: minus {rival}", ["method", "seeds", *(f"k = {k}" for k in SHOWN[:-1]),
-                                          WEIGHTED, "k for the Pass@64 of grpo"], rows)
+                                          WEIGHTED, "k that reaches grpo's Pass@64"], rows)
 
 
 def print_path(study, title, settings, steps):
