@@ -1,20 +1,26 @@
 """The paper's experiment on two CPU cores: what does smoothing keep, on which task, against what?
 
-    python tests/bench/study.py                          # everything: twenty hours
+    python tests/bench/study.py                          # everything: twenty hours on two cores
     python tests/bench/study.py --tasks many --methods grpo diffsmooth --seeds 4 5 6
     python tests/bench/study.py --only-print > tests/bench/study.md
+    python tests/bench/study.py --readme                 # the tables that README shows
     python tests/bench/study.py --plot tests/bench/study.png                   # needs matplotlib
 
-Two tasks: `many` (train.py's default: several solutions a problem) and `one` (mostly a single one).
-This file says which runs there are, and makes them. What they say is study_page.py: the page, with
-the rules by which settings are chosen and a claim is shown, not shown or contradicted.
+Two tasks: `many` (train.py's default: several solutions per problem) and `one` (mostly one).
+This file lists the runs and makes them. study_page.py evaluates them: it prints the page, with the
+rules by which settings are chosen and by which a claim is shown, not shown or contradicted.
 
-Two runs go side by side, one thread each. A finished run is one line of study.json and is not made
-again. A kill loses nothing: the same command goes on, within a run by train.py --resume. A run that
-fails is named, and the others go on. By hand: train.py with the flags of the line and of its task.
+Two runs go side by side, with one thread each. A finished run is one line of study.json and is not
+made again. A kill loses nothing: the same command continues, within a run by train.py --resume. A
+run that fails is named, and the others go on. To repeat one by hand: train.py with the flags of the
+line and of its task.
+
+Every run starts from a base, a policy warm-started with the base's number as its seed. study.json
+records how each base was made and a hash of its weights; a run refuses to start from another one.
 """
 import argparse
 import functools
+import hashlib
 import json
 import os
 import re
@@ -30,10 +36,12 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import eval as evaluation                              # found by the line above
+import policy as policy_module
+from policy import UserError
 
 TASKS = {"many": "", "one": "--counts 3 --high 20 --targets 1 60"}
 HALF, RATE, TWICE = RATES = ("5e-5", "1e-4", "2e-4")        # RATE is train.py's default
-LOWER = "2.5e-5"                                       # tried too where the lowest of RATES is best
+LOWER = "2.5e-5"                                       # also tried where RATES[0] is best
 
 
 def rates(loss):
@@ -59,19 +67,28 @@ METHODS = {
     "maxrl": rates("maxrl"),
     "focal": strengths("focal --focal_gamma", 0.5, 1, 2),
 }
-DEFAULT = METHODS["diffsmooth"][1]                     # of train.py; measured even if another is kept
-# Whose frontier is drawn, over which learning rates.
+DEFAULT = METHODS["diffsmooth"][1]                     # of train.py; always measured, kept or not
+# Methods whose frontier is drawn, and over which learning rates.
 FRONTIER = {"grpo": RATES, "diffsmooth": RATES,
             "bonus": RATES[:2], "passk": RATES[:2], "maxrl": RATES[:2]}
 LONGER, LONG = ("grpo", "diffsmooth", "bonus", "penalty", "passk"), " --steps 2400"
-PATH = (100, 300, 600, 900, 1200, 1800, 2400)          # steps at which a run is measured on its way
+# The runs that are repeated on further bases, once per base, with seed base + 4: never the seed
+# that made the base, so that warm start and RL share no draws.
+HEADLINE, BASES = (DEFAULT, *METHODS["grpo"][1::-1]), (1, 2, 3, 4)
+MADE = ("seed", "warm_steps", "counts", "high", "targets")     # what a base depends on
+# One order of additions on all x86 processors, so that the recorded bases come out bit for bit.
+ARITHMETIC = {"OMP_NUM_THREADS": "1", "ATEN_CPU_CAPABILITY": "avx2", "MKL_CBWR": "AVX2",
+              "MKL_ENABLE_INSTRUCTIONS": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+PATH = (100, 300, 600, 900, 1200, 1800, 2400)          # a run is measured at these steps
 TEMPERATURES = ("0.4", "0.7", "1.0", "1.3")
 PROBLEMS, SAMPLES = 512, 64
 KS = [1, 2, 4, 8, 16, 32, 64]
 PASS = np.array([[100 * evaluation.pass_at_k(SAMPLES, c, k) for k in range(1, SAMPLES + 1)]
                  for c in range(SAMPLES + 1)])         # (correct answers, k - 1): Pass@k in percent
 COLUMNS = {k: np.eye(SAMPLES)[k - 1] for k in KS}       # Pass@1, 2, 3 .. 64 @ COLUMNS[k] = Pass@k
-COLUMNS["score"] = COLUMNS[1] / 2 + sum(COLUMNS[k] for k in KS[1:]) / 12   # k = 1: as the rest
+# One number per model: half Pass@1, half the mean of Pass@2, 4 .. 64.
+WEIGHTED = "weighted mean"
+COLUMNS[WEIGHTED] = COLUMNS[1] / 2 + sum(COLUMNS[k] for k in KS[1:]) / 12
 
 
 class Study(NamedTuple):
@@ -80,23 +97,51 @@ class Study(NamedTuple):
     seeds: list
 
 
+class Run(NamedTuple):
+    task: str
+    flags: str | None                                  # None: the base itself
+    base: int
+    seed: str | None
+
+
 # ----------------------------------------------------------------------------- which runs there are
 
-def name_of(task, flags, seed):
-    return f"{task}: {flags}, seed {seed}"
+def name_of(task, flags, seed, base=0):
+    """The name of a run in study.json. Base 0, which most runs start from, is not mentioned."""
+    return f"{task}: {flags}{f', base {base}' if base else ''}, seed {seed}"
+
+
+def base_name(task, base=0):
+    return f"{task}: base" + (f" {base}" if base else "")
+
+
+def parts_of(name):
+    """The inverse of both -> Run."""
+    found = re.fullmatch(r"(\w+): (?:base(?: (\d+))?|(.+?)(?:, base (\d+))?, seed (\d+))", name)
+    if not found or found[1] not in TASKS:
+        raise UserError(f"'{name}' names no run; names are like '{base_name('many')}' and "
+                         f"'{name_of('many', DEFAULT, 4)}'.")
+    task, base, flags, on, seed = found.groups()
+    return Run(task, flags, int(base or on or 0), seed)
+
+
+def base_of(name):
+    """The name of the base that a run starts from; of a base, its own."""
+    run = parts_of(name)
+    return base_name(run.task, run.base)
 
 
 def with_rate(flags, lr):
     return re.sub(r"--lr \S+", f"--lr {lr}", flags)
 
 
-def scores(study, settings):
-    """On the validation problems, with seed 0; None for what was not tried yet."""
-    return [study.results.get(name_of(study.task, x, 0), {}).get("score") for x in settings]
+def validated(study, settings):
+    """Their weighted means on the validation problems with seed 0; None where not yet tried."""
+    return [study.results.get(name_of(study.task, x, 0), {}).get(WEIGHTED) for x in settings]
 
 
 def best(study, settings):
-    found = scores(study, settings)
+    found = validated(study, settings)
     return None if None in found else settings[int(np.argmax(found))]
 
 
@@ -117,8 +162,8 @@ def kept(study, method):
 
 
 def longer(study):
-    """{method: setting} of the long runs, which have no need of the lower rate. GRPO also has the
-    rate of smoothing."""
+    """{method: setting} of the longer runs, without the lower rate. GRPO also gets the rate of
+    smoothing."""
     found = {}
     for method in LONGER:
         settings = [flags for flags in tried(study, method) if LOWER not in flags]
@@ -135,14 +180,18 @@ def at_rates(study, method):
 
 
 def wanted(study, methods):
-    """The runs that can be made by now, in order: a study that is cut short has all methods."""
-    names = [name_of(study.task, flags, 0) for m in methods for flags in tried(study, m)]
+    """The names of all runs that can be made by now, in an order that gives every method some runs
+    even if the study is cut short."""
+    names = [base_name(study.task)]
+    names += [name_of(study.task, flags, 0) for m in methods for flags in tried(study, m)]
     ready = [m for m in methods if best(study, tried(study, m))]
     names += [name_of(study.task, flags, seed) for seed in study.seeds for m in ready
               for flags in at_rates(study, m) + [DEFAULT] * (m == "diffsmooth")]
     if study.task == "many":
         names += [name_of("many", flags, seed) for seed in study.seeds[:3]
                   for m, flags in longer(study).items() if m.split(",")[0] in ready]
+        names += [name_of("many", flags, base + 4, base) for base in BASES for flags in HEADLINE
+                  if flags.split()[1] in methods]
     return list(dict.fromkeys(names))
 
 
@@ -154,32 +203,32 @@ def place_of(out, name):
     return Path(out) / task / re.sub(r"[^\w.+-]+", "_", rest.replace("--", ""))
 
 
-def run_one(out, name):
-    """A run, from wherever it stands, in this process -> exit code."""
+def run_one(out, name, results):
+    """Make a run, or continue it, in this process -> exit code. results: those of study.json."""
     import torch
-    import policy as policy_module
     import train
-    task, flags, seed = re.fullmatch(r"(\w+): (.+?)(?:, seed (\d+))?", name).groups()
-    place, parent, plain = place_of(out, name), os.getppid(), train.save_checkpoint
-    file, device = Path(f"{place}.json"), ["--device", "cpu", "--out", str(place.parent)]
+    from rewards import fill_task_flags, make_task
+    run, place, parent = parts_of(name), place_of(out, name), os.getppid()
+    file, base = Path(f"{place}.json"), base_of(name)
+    flags = [*TASKS[run.task].split(), "--device", "cpu", "--out", str(place.parent)]
     line = read(file) or {"commit": commit(), "seconds": 0}
-    before, args = line["seconds"], train.parse([*TASKS[task].split(), *device])
+    before, save_as_usual = line["seconds"], train.save_checkpoint
 
     def note(**news):
         line.update(news, seconds=before + round(time.process_time()))
-        evaluation.write_json(file, line)
+        write(file, json.dumps(line))
 
     def measure(policy, part, temperature):
-        """-> a record a problem; problems and draws are those of train.py's table."""
-        tokenizer = policy_module.tiny()[1]
-        train.fill_task_flags(args, tokenizer)
-        judge = train.make_task(args)
-        problems = judge.held_out_problems(2 * PROBLEMS)[part]
-        return evaluation.evaluate(policy, tokenizer, judge, problems, SAMPLES, args.max_new_tokens,
+        """-> one record per problem; problems and draws are those of train.py's table."""
+        tokenizer, args = policy_module.tiny()[1], train.parse(flags)
+        fill_task_flags(args, tokenizer)
+        task = make_task(args)
+        problems = task.held_out_problems(2 * PROBLEMS)[part]
+        return evaluation.evaluate(policy, tokenizer, task, problems, SAMPLES, args.max_new_tokens,
                                    float(temperature), torch.Generator().manual_seed(0))
 
     def validation(policy):
-        """{k: Pass@k, and the score} on the validation problems."""
+        """{k, or WEIGHTED: Pass@k on the validation problems}."""
         curve = PASS[[r["c"] for r in measure(policy, slice(PROBLEMS, None), 0.7)]].mean(0)
         return {key: round(float(curve @ column), 2) for key, column in COLUMNS.items()}
 
@@ -189,28 +238,32 @@ def run_one(out, name):
         note(path=[*before_it, [step, [found[k] for k in KS]]])
 
     def save_checkpoint(folder, policy, optimizer, step, rng, generator):
-        """train.py's own, and a look at the policy, which draws by a generator of its own."""
-        if step in PATH and seed != "0":
+        """train.py's own, after a measurement, which draws from a generator of its own."""
+        if step in PATH and run.seed != "0":
             note_point(policy, step)
-        plain(folder, policy, optimizer, step, rng, generator)
+        save_as_usual(folder, policy, optimizer, step, rng, generator)
         note()
         if os.getppid() != parent:                     # the study was killed; this run is saved
             sys.exit(1)
 
-    if seed is None:                                   # the base, from which all runs start
-        train.start_policy(args, "cpu", torch.float32)
+    if run.flags is None:
+        made_by = train.parse([*flags, "--base", place.name, "--seed", str(run.base)])
+        train.start_policy(made_by, "cpu", torch.float32)      # makes it unless it is there
     else:
+        note(base=check_base(out, base, results))      # the hash of the weights it starts from
         train.save_checkpoint = save_checkpoint
         resume = ["--resume"] if (place / "flags.json").is_file() else []
-        code = train.main([*f"{flags} {TASKS[task]} --seed {seed} --eval-problems 0".split(),
-                           *device, "--name", place.name, *resume])
+        code = train.main([*run.flags.split(), *flags, "--seed", run.seed, "--eval-problems", "0",
+                           "--base", place_of(out, base).name, "--name", place.name, *resume])
         if code:
             return code
     policy, _ = policy_module.load(place / "model")
-    if seed is None:
+    if run.flags is None:
+        note(made=made_with(place), weights=hash_of(policy))
+        check_base(out, name, results)                 # before minutes go into measuring it
         note_point(policy, 0)
-    if seed == "0":                                    # to choose by: never on the test problems
-        note(score=validation(policy)["score"])
+    if run.seed == "0":                                # for choosing: never on the test problems
+        note(**{WEIGHTED: validation(policy)[WEIGHTED]})
         return 0
     for temperature in (t for t in TEMPERATURES if t not in line.get("test", {})):
         records = measure(policy, slice(PROBLEMS), temperature)
@@ -222,14 +275,50 @@ def run_one(out, name):
     return 0
 
 
-def run_apart(out, name):
-    """The same in a process of its own, so that what goes wrong there reaches no other run."""
+def hash_of(policy):
+    """SHA-256 of the names, shapes and bytes of all weights, whatever the file looks like."""
+    total = hashlib.sha256()
+    for name, w in sorted(policy.named_parameters()):
+        total.update(f"{name} {w.dtype} {tuple(w.shape)} ".encode() + w.detach().numpy().tobytes())
+    return total.hexdigest()
+
+
+def made_with(place):
+    """What a base depends on besides the code and the arithmetic of the machine."""
+    flags = read(place / "flags.json")
+    return {key: flags[key] for key in MADE}
+
+
+def check_base(out, name, results):
+    """-> the hash of the weights of this base. UserError unless it is there and is the one that
+    study.json records, or, in a study that has not recorded it yet, the one made for it."""
     place = place_of(out, name)
+    recorded = results.get(name) or read(Path(f"{place}.json"))
+    make = f'python tests/bench/study.py --run "{name}"'
+    if "weights" not in recorded or not (place / "model").is_dir():
+        raise UserError(f"'{place}' is missing or not recorded, and runs start from it: make it "
+                        f"with {make}.")
+    made, weights = made_with(place), hash_of(policy_module.load(place / "model")[0])
+    for key, value in recorded["made"].items():
+        if made[key] != value:
+            raise UserError(f"'{place}' was made with {key} {made[key]}, the study's base with "
+                            f"{value}: delete it and make it with {make}.")
+    if weights != recorded["weights"]:
+        raise UserError(f"'{place}' has other weights ({weights[:16]}) than the base of the study "
+                        f"({recorded['weights'][:16]}). Delete it and make it with {make}. If it "
+                        "still differs, this processor or version of torch rounds differently: "
+                        "begin a study of your own with --results and --out.")
+    return weights
+
+
+def run_apart(args, name):
+    """The same in a process of its own, so that an error there reaches no other run."""
+    place = place_of(args.out, name)
     place.parent.mkdir(parents=True, exist_ok=True)
-    threads = {} if name.endswith(": base") else {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, __file__, "--out", str(args.out), "--results", str(args.results)]
     with open(f"{place}.log", "a") as log:
-        code = subprocess.run([sys.executable, __file__, "--out", str(out), "--run", name],
-                              stdout=log, stderr=log, env=os.environ | threads).returncode
+        code = subprocess.run([*command, "--run", name], stdout=log, stderr=log,
+                              env=os.environ | ARITHMETIC).returncode
     print(f"{name}: " + (f"failed, see {place}.log" if code else "done"), file=sys.stderr)
     return name, None if code else read(Path(f"{place}.json"))
 
@@ -241,25 +330,26 @@ def run_all(args, results):
     def make(names):
         pool = ThreadPoolExecutor(2)
         try:
-            for name, line in pool.map(functools.partial(run_apart, args.out), names):
+            for name, line in pool.map(functools.partial(run_apart, args), names):
                 failed.update(set() if line else {name})
-                results.update({name: line} if line else {})
+                # A base may be made again for its folder; its line stays as it was recorded.
+                results.update({name: line} if line and name not in results else {})
                 save(args.results, results)
         finally:                                       # Ctrl-C reaches the runs too, and they save
             pool.shutdown(cancel_futures=True)
 
     for task in args.tasks:
-        study, base = Study(results, task, args.seeds), f"{task}: base"
-        if base not in results or not (place_of(args.out, base) / "model").is_dir():
-            make([base])
-        while base not in failed and (todo := [name for name in wanted(study, args.methods)
-                                               if name not in results and name not in failed]):
-            make(todo)                                 # then settings are chosen: more is wanted
+        study = Study(results, task, args.seeds)
+        while todo := [name for name in wanted(study, args.methods)
+                       if name not in results and not {name, base_of(name)} & failed]:
+            bases = [name for name in dict.fromkeys(map(base_of, todo)) if name not in results
+                     or not (place_of(args.out, name) / "model").is_dir()]
+            make(bases or todo)                        # once settings are chosen, more is wanted
     return failed
 
 
 def commit():
-    """The last one that changed the six files, so that a commit of results changes nothing."""
+    """The last commit that changed one of the six files; a commit of results does not count."""
     words = ["git", "-C", str(ROOT), "log", "-1", "--format=%h", "--", ":(top,glob)*.py"]
     try:
         return subprocess.run(words, capture_output=True, text=True).stdout.strip() or "unknown"
@@ -271,12 +361,17 @@ def read(file):
     return json.loads(file.read_text()) if file.is_file() else {}
 
 
-def save(file, results):
-    """A line a run; aside, then renamed, so that the file is there whole or not at all."""
-    lines = (f"{json.dumps(name)}: {json.dumps(results[name])}" for name in sorted(results))
+def write(file, text):
+    """Under another name, then renamed, so that the file is there whole or not at all."""
     aside = file.with_name(file.name + ".tmp")
-    aside.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    aside.write_text(text)
     os.replace(aside, file)
+
+
+def save(file, results):
+    """study.json: one line per run."""
+    lines = (f"{json.dumps(name)}: {json.dumps(results[name])}" for name in sorted(results))
+    write(file, "{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def main():
@@ -284,20 +379,27 @@ def main():
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[4, 5, 6, 7, 8])
-    parser.add_argument("--results", type=Path, default=Path(__file__).with_suffix(".json"))
-    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "study", help="of the runs")
-    parser.add_argument("--only-print", action="store_true", help="the page, of what is finished")
-    parser.add_argument("--plot", metavar="FILE", help="the frontier, of the first of --tasks")
-    parser.add_argument("--run", metavar="NAME", help="only this one, as study.json names it")
+    parser.add_argument("--results", type=Path, default=Path(__file__).with_suffix(".json"),
+                        help="the file of the finished runs")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "study", help="their folder")
+    parser.add_argument("--only-print", action="store_true", help="print the page, make no run")
+    parser.add_argument("--readme", action="store_true", help="print the tables that README shows")
+    parser.add_argument("--plot", metavar="FILE", help="draw the frontier on the first of --tasks")
+    parser.add_argument("--run", metavar="NAME", help="make only this one; a name of study.json")
     args = parser.parse_args()
+    if args.run and not ARITHMETIC.items() <= os.environ.items():      # read when torch starts
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | ARITHMETIC)
     if args.run:
-        return run_one(args.out, args.run)
+        return run_one(args.out, args.run, read(args.results))
     if 0 in args.seeds:
         parser.error("seed 0 is for choosing settings: --seeds takes others.")
     import study_page
     results = read(args.results)
     if args.plot:
         study_page.draw(Study(results, args.tasks[0], args.seeds), args.plot)
+        return 0
+    if args.readme:
+        print(study_page.readme_tables(results, args.seeds))
         return 0
     failed = set() if args.only_print else run_all(args, results)
     study_page.print_page(results, args.tasks, args.seeds)
@@ -311,5 +413,5 @@ if __name__ == "__main__":
         sys.exit(main())
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on from here.")
-    except (ValueError, OSError) as error:
+    except UserError as error:
         sys.exit(f"error: {error}")
