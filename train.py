@@ -28,7 +28,6 @@ import math
 import os
 import random
 import shutil
-import signal
 import statistics
 import sys
 import time
@@ -47,7 +46,7 @@ from tqdm import tqdm
 
 import losses
 import policy as policy_module
-from eval import Parser, in_first, rank, read_flags, start_processes, world, write_json
+from eval import Parser, read_flags, write_json
 from policy import UserError, score
 from rewards import SETTING, add_task_flags, fill_task_flags, make_task
 from sample import Rollout, chat, encode, join, sample, take
@@ -199,6 +198,9 @@ def train_step(policy, optimizer, rollout, rewards, loss_fn, group_size, *, temp
 
 
 # ------------------------------------------- a first reading ends here; below: what serves the loop
+
+import signal
+from eval import in_first, rank, start_processes, world
 
 BAD_STEPS = 3                 # this many steps in a row with a NaN or infinite gradient end the run
 TRACKED, TRACKED_ANSWERS = 128, 16     # held-out problems that --eval-every measures, answers each
