@@ -99,7 +99,8 @@ def test_the_table_of_columns_is_the_log(tmp_path):
     out = ["--out", str(tmp_path), "--warm-steps", "2", "--steps", "1", "--loss", "diffsmooth"]
     assert train.main([*TOY.split(), *out]) == 0
     head = (tmp_path / "diffsmooth" / "log.csv").read_text().splitlines()[0].split(",")
-    assert sorted([*table_under("What a line says"), "step"]) == sorted([*head, "kl"]), "kl needs --beta"
+    told = sorted([*table_under("What a line says"), "step"])
+    assert told == sorted([*head, "kl"]), "kl needs --beta"
 
 
 SIX = ("train.py", "sample.py", "rewards.py", "losses.py", "policy.py", "eval.py")
