@@ -289,7 +289,7 @@ def plot_curves(folders, file):
     with figure(file, 4) as panels:
         for axes, (title, names) in zip(panels.flat, PANELS.items()):
             for folder, rows in logs.items():
-                name = next((x for x in names if rows and rows[0].get(x) is not None), None)
+                name = next((x for x in names if any(row.get(x) for row in rows)), None)
                 points = [(int(row["step"]), float(row[name])) for row in rows if row.get(name)]
                 steps, values = zip(*points) if points else ((), ())
                 width = 1 if name and name.startswith("held_out") else min(25, len(values) or 1)
@@ -432,6 +432,8 @@ def run(argv=None):
 
 def task_for_all(args, folders, runs):
     """The task and the problems on which all of these models are measured."""
+    # Configs first: what is no model at all is refused there.
+    configs = {name: policy_module.load_config(folder) for name, folder in folders.items()}
     tokenizers = {name: policy_module.load_tokenizer(folder) for name, folder in folders.items()}
     # The same whichever is named first: if one has a chat template, all are asked as it is.
     chats = [name for name in folders if tokenizers[name].chat_template]
@@ -442,12 +444,14 @@ def task_for_all(args, folders, runs):
         notes.append(f"all are asked in style {args.prompt}, as '{chats[0]}' has a chat template; "
                      "those without one would be asked in style bare: --prompt chooses.")
     if "=" in (args.show or ""):
+        if args.task != "countdown":
+            raise UserError("--show: a problem of one's own is a countdown problem.")
         numbers, target = args.show.split("=")
         problem = Problem(tuple(map(int, numbers.split(","))), int(target))
         return make_task(args), [problem]
     task = make_task(args, held_out=1.0 if args.task == "math" else 0.1)
-    for name, folder in folders.items():
-        model = SimpleNamespace(config=policy_module.load_config(folder))
+    for name in folders:
+        model = SimpleNamespace(config=configs[name])
         notes += leave_out_too_long(task, tokenizers[name], model, args.max_new_tokens)
     notes += leave_out_trained(task, runs) if args.task == "math" else []
     if notes and rank() == 0:

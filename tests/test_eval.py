@@ -4,9 +4,13 @@ Bugs killed here: biased plug-in estimate, counts pooled over problems, an inter
 instead of problems, unpaired gains, wrong or unparsable answers counted as distinct, diversity with
 self-pairs.
 """
+import ast
+import gc
 import itertools
 import json
 import math
+import weakref
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,8 +18,10 @@ import pytest
 import torch
 
 import eval as evaluation
+import losses
 import policy as policy_module
-from rewards import Countdown, Problem
+import rewards
+from rewards import Countdown, Math, Problem
 from test_losses import check, claim
 
 core, care = pytest.mark.core, pytest.mark.care       # with the function that a test grades
@@ -168,12 +174,12 @@ def test_command_line(tmp_path, capsys):
     assert evaluation.main([str(tmp_path / "model"), *flags]) == 0
     assert "Pass@4" in capsys.readouterr().out
     assert len(json.loads(out.read_text())["records"]["0.7"]["model"]) == 3
-    for bad, says in ((["nowhere/at/all"],
-                       "neither a folder here"), ([str(tmp_path / "model"), "--n",
-                                                   "0"], "--n"), ([str(tmp_path)], "config.json"),
-                      ([str(tmp_path / "model"), "--task", "math"], "--data"),
-                      ([str(tmp_path / "model"), "--task", "math", "--data",
-                        "no.jsonl"], "no.jsonl")):
+    model = str(tmp_path / "model")
+    for bad, says in ((["nowhere/at/all"], "nowhere/at/all"), ([model, "--n", "0"], "--n"),
+                      ([str(tmp_path)], "config.json"), ([model, "--task", "math"], "--data"),
+                      ([model, "--task", "math", "--data", "no.jsonl"], "no.jsonl"),
+                      ([model, "--task", "math", "--data", "no.jsonl", "--show", "1,2=3"],
+                       "--show: a problem of one's own is a countdown problem")):
         assert evaluation.main([*bad, *(flags if "--n" not in bad else flags[2:])]) == 2
         error = capsys.readouterr().err
         assert says in error and error.count("\n") == 1, error
@@ -183,10 +189,9 @@ def test_several_temperatures_give_a_table_each_and_flags_may_be_spelt_either_wa
     policy, tokenizer = policy_module.tiny(width=32, layers=1, heads=2, kv_heads=1, inner=32)
     policy_module.save(policy, tokenizer, tmp_path / "model")
     out = tmp_path / "out.json"
-    assert evaluation.main([
-        str(tmp_path / "model"), "--samples", "2", "--problems", "3", "--json",
-        str(out), "--device", "cpu", "--temperatures", "0.5", "1.5", "--max_new_tokens=6"
-    ]) == 0
+    assert evaluation.main([str(tmp_path / "model"), "--samples", "2", "--problems", "3", "--json",
+                            str(out), "--device", "cpu", "--temperatures", "0.5", "1.5",
+                            "--max_new_tokens=6"]) == 0
     text, written = capsys.readouterr().out, json.loads(out.read_text())
     assert text.count("Pass@2") == 2 and "temperature 0.5," in text and "temperature 1.5," in text
     hot, cold = (np.mean([r["nats"] for r in written["records"][T]["model"]])
@@ -201,12 +206,10 @@ def test_the_title_of_a_picture_says_what_was_measured(tmp_path, monkeypatch):
     titles = []
     monkeypatch.setattr(evaluation, "plot", lambda summaries, file, title: titles.append(title))
     for temperatures in (["0.5"], ["0.5", "1.5"]):
-        assert evaluation.main([
-            str(tmp_path / "model"), "--n", "2", "--problems", "3", "--max-new-tokens", "4",
-            "--device", "cpu", "--json",
-            str(tmp_path / "x.json"), "--plot",
-            str(tmp_path / "x.png"), "--temperatures", *temperatures
-        ]) == 0
+        assert evaluation.main([str(tmp_path / "model"), "--n", "2", "--problems", "3",
+                                "--max-new-tokens", "4", "--device", "cpu", "--json",
+                                str(tmp_path / "x.json"), "--plot", str(tmp_path / "x.png"),
+                                "--temperatures", *temperatures]) == 0
     assert titles == ["countdown, 3 problems, 2 samples, T 0.5", "countdown, 3 problems, 2 samples"]
 
 
@@ -218,23 +221,52 @@ def test_what_is_left_out_of_a_file_is_said_once(tmp_path, capsys):
     for folder in models:
         policy_module.save(policy, tokenizer, folder)
     fits, too_long = ({"problem": "1" * n, "answer": "2"} for n in (9, 600))
-    for lines, said in (([fits, too_long],
-                         f"{data}: 1 problems are left out: prompts over 508 tokens.\n"), ([fits],
-                                                                                           "")):
+    said = f"{data}: 1 problems are left out: prompts over 508 tokens.\n"
+    for lines, said in (([fits, too_long], said), ([fits], "")):
         data.write_text("\n".join(map(json.dumps, lines)))
-        assert evaluation.main([
-            *map(str, models), "--task", "math", "--data",
-            str(data), "--n", "1", "--max-new-tokens", "4", "--device", "cpu", "--json",
-            str(tmp_path / "x.json")
-        ]) == 0
+        assert evaluation.main([*map(str, models), "--task", "math", "--data", str(data), "--n", "1",
+                                "--max-new-tokens", "4", "--device", "cpu",
+                                "--json", str(tmp_path / "x.json")]) == 0
         assert capsys.readouterr().out.startswith(said + "1 held-out problems, 1 samples each")
+
+
+class Counting:
+    """A tokenizer whose calls are counted."""
+
+    def __init__(self, tokenizer):
+        self.inner, self.calls = tokenizer, 0
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+    def __call__(self, *args, **options):
+        self.calls += 1
+        return self.inner(*args, **options)
+
+
+def test_of_a_long_file_only_doubtful_prompts_are_counted(tmp_path):
+    """A token is a byte at least, so a prompt of few bytes fits; of the others exactly those of
+    more tokens than there is room are left out."""
+    data, room = tmp_path / "data.jsonl", 400
+    frame = "\n\nLet's think step by step and output the final answer within \\boxed{}."
+    texts = [f"{i}" for i in range(300)] + ["1" * (room - len(frame) + more) for more in (-1, 0, 1)]
+    data.write_text("".join(json.dumps({"problem": text, "answer": "2"}) + "\n" for text in texts))
+    task = Math(str(data), held_out=1.0)
+    tokenizer = Counting(policy_module.tiny(characters="".join(map(chr, range(32, 127))) + "\n")[1])
+    model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=room + 10))
+    notes = evaluation.leave_out_too_long(task, tokenizer, model, 10)
+    tokens = {text: len(tokenizer.inner(text + frame).input_ids) for text in texts[-3:]}
+    assert sorted(tokens.values()) == [room - 1, room, room + 1], tokens
+    assert {x.question for x in task.problems.held_out} == set(texts[:-1])
+    assert f"1 problems are left out: prompts over {room} tokens." in notes[-1]
+    assert tokenizer.calls < 10, f"{tokenizer.calls} calls for {len(texts)} problems"
 
 
 def test_help_names_the_defaults_that_there_are(capsys):
     with pytest.raises(SystemExit):
         evaluation.parse(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "answers a problem;" in text and "(default: 128)" in text and "default: None" not in text
+    assert "answers per problem;" in text and "(default: 128)" in text and "default: None" not in text
     assert "SUPPRESS" not in text
 
 
@@ -261,19 +293,98 @@ def test_a_picture_of_no_known_format_is_told_before_the_work(tmp_path, monkeypa
 
 
 def test_processes_and_gpus(monkeypatch):
-    """One process a GPU; what runs on the CPU asks no GPU for anything."""
+    """One process per GPU; what runs on the CPU asks no GPU for anything."""
     chosen = []
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(evaluation, "pick_device", lambda name: (name or "cuda", None))
+    monkeypatch.setattr(torch, "zeros", lambda *shape, device: torch.tensor(0))
     for device in (None, "cuda"):
-        with pytest.raises(ValueError, match="more processes than the 1 GPUs here"):
+        with pytest.raises(policy_module.UserError, match="more processes than the 1 GPUs here"):
             evaluation.start_processes(device)
-    assert evaluation.start_processes("cpu") == ("cpu", None) and chosen == []
+    assert evaluation.start_processes("cpu") == ("cpu", torch.float32) and chosen == []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert evaluation.start_processes(None) == ("cuda", None) and chosen == [1]
+    assert evaluation.start_processes(None) == ("cuda", torch.bfloat16) and chosen == [1]
+
+
+def test_processes_wait_for_days(monkeypatch):
+    """Half an hour, torch's own limit, is less than another process may evaluate or save."""
+    joined = {}
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(torch.distributed, "init_process_group",
+                        lambda backend, timeout: joined.update(timeout=timeout))
+    evaluation.start_processes("cpu")
+    assert joined["timeout"].days >= 1
+
+
+@pytest.mark.parametrize("processes, problems, n, rows, right", [
+    (1, 5, 4, 1000, 5), (1, 5, 4, 8, 2), (1, 5, 4, 1, 1),
+    (2, 5, 4, 1000, 3), (2, 5, 4, 8, 2), (4, 4, 4, 1000, 1), (8, 4, 4, 1000, 1)])
+def test_there_is_work_for_every_process(monkeypatch, processes, problems, n, rows, right):
+    monkeypatch.setattr(evaluation, "world", lambda: processes)
+    assert evaluation.problems_at_once(problems, n, rows) == right
+
+
+def test_threads_spin_a_shorter_while_but_not_where_the_user_has_chosen():
+    """The statement is run on environments of our own; it has to stand before torch is imported."""
+    source = (Path(evaluation.__file__)).read_text()
+    statements = ast.parse(source).body
+    at = next(i for i, x in enumerate(statements)
+              if isinstance(x, ast.If) and "GOMP_SPINCOUNT" in ast.unparse(x.test))
+    later = [ast.unparse(x) for x in statements[at:]]
+    assert "import torch" in later and "import numpy as np" in later
+    for chosen, right in (({}, "2000"), ({"GOMP_SPINCOUNT": "7"}, "7"),
+                          ({"OMP_WAIT_POLICY": "ACTIVE"}, None), ({"OMP_NUM_THREADS": "1"}, "2000")):
+        environment = dict(chosen)
+        program = ast.Module([statements[at]], [])
+        exec(compile(program, "eval.py", "exec"), {"os": SimpleNamespace(environ=environment)})
+        assert environment.pop("GOMP_SPINCOUNT", None) == right
+        assert {**chosen, "GOMP_SPINCOUNT": 0} == {**environment, "GOMP_SPINCOUNT": 0}
+    train = ast.parse((Path(evaluation.__file__).parent / "train.py").read_text()).body
+    first = [ast.unparse(x) for x in train if isinstance(x, (ast.Import, ast.ImportFrom))]
+    assert first.index("import eval as evaluation") < first.index("import torch")
+
+
+def test_one_model_is_in_memory_at_a_time(tmp_path, monkeypatch):
+    policy, tokenizer = policy_module.tiny(width=32, layers=1, heads=2, kv_heads=1, inner=32)
+    models = [str(tmp_path / name) for name in ("one", "two", "three")]
+    for folder in models:
+        policy_module.save(policy, tokenizer, folder)
+    load, loaded = policy_module.load, []
+    def watched(*args):
+        gc.collect()
+        assert not any(former() for former in loaded), "the former model is in memory still"
+        policy, tokenizer = load(*args)
+        loaded.append(weakref.ref(policy))
+        return policy, tokenizer
+    monkeypatch.setattr(policy_module, "load", watched)
+    assert evaluation.main([*models, "--n", "2", "--problems", "2", "--max-new-tokens", "4",
+                            "--device", "cpu", "--json", str(tmp_path / "x.json")]) == 0
+    assert len(loaded) == 3
+
+
+def test_the_order_of_models_decides_nothing(tmp_path, capsys):
+    """One has a chat template: both are asked in its style, whichever is named first, and that is
+    said; --prompt chooses."""
+    everything = "".join(map(chr, range(32, 127))) + "\n"
+    for name in ("plain", "chat"):
+        model, tokenizer = policy_module.tiny(width=32, layers=1, characters=everything)
+        model.config.max_position_embeddings = 2048
+        if name == "chat":
+            tokenizer.chat_template = ("{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}"
+                                       "{% endfor %}assistant: ")
+        policy_module.save(model, tokenizer, tmp_path / name)
+    plain, chat = (str(tmp_path / name) for name in ("plain", "chat"))
+    settings = []
+    for models in ([plain, chat], [chat, plain], [chat, plain, "--prompt", "bare"]):
+        assert evaluation.main([*models, "--n", "1", "--problems", "1", "--max-new-tokens", "4",
+                                "--device", "cpu", "--json", str(tmp_path / "x.json")]) == 0
+        flags = json.loads((tmp_path / "x.json").read_text())["flags"]
+        settings.append([flags[key] for key in ("prompt", "counts", "high", "targets")])
+        note = f"all are asked in style {settings[0][0]}, as '{chat}' has a chat template"
+        assert (note in capsys.readouterr().out) == ("--prompt" not in models)
+    assert settings[0] == settings[1] and settings[0][0] == "think" and settings[2][0] == "bare"
 
 
 def test_a_fingerprint_tells_files_and_models_apart(tmp_path):
@@ -289,7 +400,7 @@ def test_a_fingerprint_tells_files_and_models_apart(tmp_path):
         "what is no path here stands for itself"
 
 
-def test_a_fingerprint_reads_all_of_a_file_and_a_megabyte_of_weights(tmp_path):
+def test_a_fingerprint_reads_all_bytes_of_data_and_of_weights(tmp_path):
     def marks(changed):
         data = bytearray(2 << 20)
         data[changed] = 1
@@ -298,7 +409,7 @@ def test_a_fingerprint_reads_all_of_a_file_and_a_megabyte_of_weights(tmp_path):
                                       "model.safetensors"), evaluation.fingerprint(tmp_path)
 
     files, folders = zip(*map(marks, (0, (1 << 20) - 1, 1 << 20, -1)))
-    assert len(set(files)) == 4 and len(set(folders)) == 3 and folders[2] == folders[3]
+    assert len(set(files)) == len(set(folders)) == 4, "another model has the same fingerprint"
 
 
 # --------------------- for those who write the estimator themselves: failures that know the mistake
@@ -457,3 +568,151 @@ def test_a_process_that_lost_another_says_so_and_alone_it_is_a_bug(error, monkey
     monkeypatch.setattr(evaluation, "world", lambda: 1)
     with pytest.raises(type(error)):
         evaluation.explain(error)
+
+
+def test_a_process_that_has_waited_too_long_says_that(monkeypatch):
+    """gloo's words for both; the other process may be there still."""
+    gloo = "[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 1800000ms for recv operation"
+    monkeypatch.setattr(evaluation, "world", lambda: 2)
+    assert "has not answered for" in evaluation.explain(RuntimeError(gloo))
+    assert "has ended" not in evaluation.explain(RuntimeError(gloo))
+    monkeypatch.setattr(evaluation, "world", lambda: 1)
+    with pytest.raises(RuntimeError):
+        evaluation.explain(RuntimeError(gloo))
+
+
+@pytest.mark.parametrize("module", [policy_module, rewards, losses])
+def test_a_sentence_for_users_is_of_a_class_and_all_else_keeps_its_traceback(module):
+    assert evaluation.explain(module.UserError("this is\n  wrong.")) == "this is wrong."
+    for error in (ValueError("not enough values to unpack"), KeyError("x"), OSError("no words")):
+        with pytest.raises(type(error)):
+            evaluation.explain(error)
+
+
+# ------------------------------------------------------------- what a model says, and what it learned
+
+def answered(task, problem, *texts):
+    return evaluation.record(task, problem, [(text, len(text), 1.0, True) for text in texts])
+
+
+def test_answers_are_shown_with_their_shares():
+    """1 2 3 -> 6. Of 8 samples 3 say the sum in two spellings, 2 the product, 2 the same wrong
+    thing and 1 another; a bar of 40 characters is all of them."""
+    task, problem = Countdown(counts=(3,)), Problem((1, 2, 3), 6)
+    some = answered(task, problem, "1+2+3", "3+2+1", "1+2+3", *["1*2*3"] * 2, *["1+2*3"] * 2, "((")
+    other = answered(task, problem, *["1*2*3"] * 8)
+    head, base, *said, mine, all_alike = evaluation.answers_of(
+        task, problem, {"base": some, "mine": other}).splitlines()
+    assert head == " ".join(task.prompt(problem).split())
+    assert (base, mine) == ("  base: 5 of 8 correct", "  mine: 8 of 8 correct")
+    assert [line.split() for line in said] == [["1+2+3", "37.5", "%", "#" * 15],
+                                               ["1*2*3", "25.0", "%", "#" * 10],
+                                               ["x", "1+2*3", "25.0", "%", "#" * 10]]
+    assert all_alike.split() == ["1*2*3", "100.0", "%", "#" * 40]
+    assert max(map(len, [head, *said, all_alike])) <= 100
+
+
+def test_boxed_answers_are_shown_with_their_shares(tmp_path):
+    """Three wrong ones, as there is but one that is correct."""
+    (tmp_path / "d.jsonl").write_text(json.dumps({"problem": "2+2?", "answer": "4"}) + "\n")
+    task = Math(str(tmp_path / "d.jsonl"), held_out=1.0)
+    problem, = task.held_out_problems(1)
+    one = answered(task, problem, *[rf"so \boxed{{{x}}}." for x in (4, 4, 5, 5, 5, 6, 6, 7, 8, 8)])
+    lines = evaluation.answers_of(task, problem, {"m": one}).splitlines()[1:]
+    assert [line.split()[:-1] for line in lines[1:]] == [
+        ["4", "20.0", "%"], ["x", "5", "30.0", "%"], ["x", "6", "20.0", "%"],
+        ["x", "8", "20.0", "%"]]
+
+
+def test_the_problem_that_changed_most_ends_the_table():
+    """Of two that had several answers: by 1/8 + 1/8, and by 3/8 + 4/8 + 1/8."""
+    task = Countdown(counts=(3,))
+    problems = [Problem((1, 2, 3), 6), Problem((2, 2, 4), 8), Problem((1, 1, 2), 4)]
+    before = [{"n": 8, "c": 4, "correct": {"1+2+3": 3, "1*2*3": 1}},
+              {"n": 8, "c": 4, "correct": {"2+2+4": 3, "2*2+4": 1}},
+              {"n": 8, "c": 1, "correct": {"1+1+2": 1}}]
+    after = [{"n": 8, "c": 4, "correct": {"1+2+3": 2, "1*2*3": 2}},
+             {"n": 8, "c": 5, "correct": {"2*2+4": 5}}, {"n": 8, "c": 0, "correct": {}}]
+    head, base, mine = evaluation.most_changed(task, problems, before, after, "mine").splitlines()
+    assert head.startswith(" ".join(task.prompt(problems[1]).split())) and len(head) <= 100
+    assert base == "  base: 2+2+4 38 %, 2*2+4 12 %" and mine == "  mine: 2*2+4 62 %"
+    text = evaluation.most_changed(task, problems[2:], before[2:], after[2:], "mine")
+    assert text.splitlines()[2] == "  mine: never correct"
+
+
+@pytest.mark.parametrize("show, shown, table", [("2", 2, True), ("2,3,5,7=17", 1, False)])
+def test_answers_are_shown_on_demand(tmp_path, capsys, show, shown, table):
+    """To held-out problems that have several solutions, below the table; or to one problem alone."""
+    policy_module.save(*policy_module.tiny(width=32, layers=1, heads=2, kv_heads=1, inner=32),
+                       tmp_path / "model")
+    assert evaluation.main([str(tmp_path / "model"), "--n", "4", "--problems", "40", "--show", show,
+                            "--device", "cpu", "--json", str(tmp_path / "x.json")]) == 0
+    text = capsys.readouterr().out
+    assert text.count("  model: 0 of 4 correct") == shown and ("Pass@4" in text) == table
+    assert ("2 3 5 7,17=" in text) == (not table)
+    for line in text.splitlines():
+        if table and "=" in line and "," in line and "x" not in line:
+            numbers, target = line.rstrip("=").split(",")
+            problem = Problem(tuple(map(int, numbers.split())), int(target))
+            assert len(Countdown().solutions(problem)) > 2
+
+
+def log_of(folder, steps, without=(), every=20):
+    """A run's folder with a log.csv whose columns can be worked out: entropy 2 at all steps."""
+    folder.mkdir()
+    columns = [name for name in ("step", "distinct", "entropy", "held_out_1", "held_out_16",
+                                 "held_out_distinct") if name not in without]
+    lines = [",".join(columns)]
+    for step in range(1, steps + 1):
+        held = ("" if every == 0 or step % every else x for x in (step / 10, step / 5, step / 100))
+        row = dict(zip(("held_out_1", "held_out_16", "held_out_distinct"), held))
+        row |= {"step": step, "distinct": 3, "entropy": 2}
+        lines.append(",".join(str(row[name]) for name in columns))
+    (folder / "log.csv").write_text("\n".join(lines) + "\n")
+    return str(folder)
+
+
+@pytest.fixture
+def curves(tmp_path, monkeypatch):
+    """(runs) -> the four panels that --curves draws of them. No model is loaded."""
+    pytest.importorskip("matplotlib").use("Agg")
+    import matplotlib.pyplot as plt
+    monkeypatch.setattr(plt, "close", lambda figure: None)
+    monkeypatch.setattr(policy_module, "load", lambda *args: pytest.fail("a model was loaded"))
+    def drawn(*runs):
+        assert evaluation.main([*runs, "--curves", str(tmp_path / "c.png")]) == 0
+        assert (tmp_path / "c.png").stat().st_size > 5000
+        return plt.gcf().axes
+    return drawn
+
+
+def test_curves_of_one_run(tmp_path, curves):
+    pass_1, pass_16, entropy, distinct = curves(log_of(tmp_path / "grpo", 60))
+    points = [panel.lines[0].get_xydata().tolist() for panel in (pass_1, pass_16, distinct)]
+    assert points == [[[20, 2], [40, 4], [60, 6]], [[20, 4], [40, 8], [60, 12]],
+                      [[20, 0.2], [40, 0.4], [60, 0.6]]]
+    x, y = entropy.lines[0].get_data()
+    assert x[-1] == 60 and x[0] <= 25 and set(y.round(9)) == {2}, "smoothed, up to the last step"
+    assert [text.get_text() for text in pass_1.get_legend().get_texts()] == ["grpo"]
+    assert all(panel.get_xlabel() == "step" and panel.get_title() for panel in
+               (pass_1, pass_16, entropy, distinct))
+
+
+def test_curves_of_ten_runs_of_every_age(tmp_path, curves):
+    """An older log has no held-out columns and gives what it has, as does one of --eval-every 0 and
+    one that is empty yet."""
+    held = ("held_out_1", "held_out_16", "held_out_distinct")
+    runs = [log_of(tmp_path / f"run{i}", 30 + i) for i in range(7)]
+    runs += [log_of(tmp_path / "old", 30, without=held), log_of(tmp_path / "unseen", 30, every=0)]
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "log.csv").write_text("")
+    panels = curves(*runs, str(tmp_path / "new"))
+    assert all(len(panel.lines) == 10 for panel in panels)
+    assert len({line.get_color() for line in panels[0].lines}) == 10, "ten that can be told apart"
+    names = [text.get_text() for text in panels[0].get_legend().get_texts()]
+    assert names == [*(f"run{i}" for i in range(7)), "old", "unseen", "new"]
+    for old in (7, 8):
+        assert [len(panel.lines[old].get_xdata()) for panel in panels[:2]] == [0, 0]
+        for panel, value in zip(panels[2:], (2, 3)):
+            assert set(panel.lines[old].get_ydata().round(9)) == {value}
+    assert not any(len(panel.lines[9].get_xdata()) for panel in panels)
