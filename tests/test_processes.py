@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import eval as evaluation
 import policy as policy_module
 import train
+from rewards import Countdown
 from test_train import G, SMOOTH, TOY, rollout_of, sampling, small
 
 
@@ -48,10 +49,8 @@ def together(n, work, said):
     prints is in `said`.i."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        joined = {
-            "WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT":
-            str(free.getsockname()[1])
-        }
+        joined = {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1",
+                  "MASTER_PORT": str(free.getsockname()[1])}
     children = []
     for i in range(n):
         child = os.fork()
@@ -91,103 +90,113 @@ def steps(folder, last):
 
 
 def main(folder):
-    # One process makes step 1; two go on to 3, and the one does, too; from step 2 of the two, two
-    # and one go on.
+    # One process makes step 1; two go on to 3, and the one does, too; from step 2 of the two, two and
+    # one go on.
     one, two, again, back = (folder / name for name in ("one", "two", "again", "back"))
     codes = together(1, lambda: steps(one, 1), folder / "said")
     shutil.copytree(one, two)
-    codes += together(1, lambda: steps(one, 3), folder / "said") + together(
-        2, lambda: steps(two, 3), folder / "said")
+    codes += together(1, lambda: steps(one, 3), folder / "said")
+    codes += together(2, lambda: steps(two, 3), folder / "said")
     for other in (again, back):
         other.mkdir()
-        shutil.copy(two / "0000002.safetensors", other)
-    codes += together(2, lambda: steps(again, 3), folder / "said") + together(
-        1, lambda: steps(back, 3), folder / "said")
+        shutil.copy(two / "0000002.pt", other)
+    codes += together(2, lambda: steps(again, 3), folder / "said")
+    codes += together(1, lambda: steps(back, 3), folder / "said")
     assert codes == [0] * 7, (codes, *((folder / f"said.{i}").read_text() for i in range(2)))
 
-    # A run of two processes and its table; the same table, and eval.py's, by one and by two.
+    # A run of two processes and its table; the same table, and eval.py's, by one and by two. What
+    # --eval-every measures is few problems, in groups larger than --rows.
+    train.TRACKED = 5
     base = folder / "runs" / "base"
     policy_module.save(*small(), base / "model")
-    flags = {
-        "task": "countdown", "prompt": "bare", "counts": [3], "high": 9, "targets": [1, 20],
-        "max_new_tokens": 8
-    }
+    flags = {"task": "countdown", "prompt": "bare", "counts": [3], "high": 9, "targets": [1, 20],
+             "max_new_tokens": 8}
     (base / "flags.json").write_text(json.dumps(flags))
-    run, table = folder / "runs" / "run", [
-        "--eval-problems", "5", "--eval-samples", "3", "--rows", "6"
-    ]
-    command = [
-        *TOY.split(), "--loss", "entropy", "--out",
-        str(folder / "runs"), "--name", "run", "--steps", "2", *table, "--counts", "3", "--high",
-        "9", "--targets", "1", "20"
-    ]
+    run = folder / "runs" / "run"
+    command = [*TOY.split(), "--loss", "entropy", "--out", str(folder / "runs"), "--name", "run",
+               "--steps", "2", "--eval-problems", "5", "--eval-samples", "3", "--rows", "6",
+               "--eval-every", "2", "--counts", "3", "--high", "9", "--targets", "1", "20"]
     codes = together(2, lambda: train.main(command), folder / "trained")
+    shutil.copy(run / "log.csv", folder)
     (run / "eval.json").rename(folder / "two.json")
     codes += together(1, lambda: train.main([*command, "--resume"]), folder / "tabled")
     (run / "eval.json").rename(folder / "one.json")
     for n in (1, 2):
-        measured = [
-            str(base / "model"),
-            str(run), "--n", "3", "--problems", "5", "--rows", "6", "--device", "cpu", "--json"
-        ]
-        codes += together(
-            n, lambda: evaluation.main([*measured, str(folder / f"eval{n}.json")]),
-            folder / f"eval{n}")
+        measured = [str(base / "model"), str(run), "--n", "3", "--problems", "5", "--device", "cpu",
+                    "--json", str(folder / f"eval{n}.json")]
+        codes += together(n, lambda: evaluation.main(measured), folder / f"eval{n}")
     assert codes == [0] * 6, (codes, *(file.read_text() for file in folder.glob("*.[01]")))
 
     # The first process is killed while it writes a checkpoint; then the second one fails by itself.
-    import safetensors.torch
-    def killed(tensors, path, metadata):
-        Path(path).write_bytes(b"half of it")
+    save = torch.save
+    def killed(value, file, **options):
+        if options:                                    # how tensors travel between processes
+            return save(value, file, **options)
+        file.write(b"half of it")
+        file.flush()
         os.kill(os.getpid(), signal.SIGKILL)
-    safetensors.torch.save_file, whole = killed, safetensors.torch.save_file
-    codes = together(
-        2, lambda: train.main([*command, "--resume", "--steps", "9", "--save-every", "3"]),
-        folder / "killed")
-    safetensors.torch.save_file = whole
+    further = [*command, "--resume", "--steps", "9"]
+    torch.save = killed
+    codes = together(2, lambda: train.main([*further, "--save-every", "3"]), folder / "killed")
+    torch.save = save
     take_step = train.train_step
     def failing(*args, **kwargs):
         if train.rank() == 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return take_step(*args, **kwargs)
     train.train_step = failing
-    codes += together(2, lambda: train.main([*command, "--resume", "--steps", "9"]),
-                      folder / "failing")
+    codes += together(2, lambda: train.main(further), folder / "failing")
     train.train_step = take_step
     codes += together(1, lambda: train.main([*command, "--resume", "--steps", "3"]),
                       folder / "after")
     (folder / "codes.json").write_text(json.dumps(codes))
 
 
-def tensors(file):
-    from safetensors.torch import load_file
-    return {name: value for name, value in load_file(file).items() if name != "generator"}
+def contents(file):
+    return torch.load(file, weights_only=True)
 
 
-def everything(file):
-    """Facts and tensors, the random states too; the order of a file's header is left to chance."""
-    from safetensors import safe_open
-    with safe_open(file, framework="pt") as opened:
-        return opened.metadata(), {name: opened.get_tensor(name).tolist() for name in opened.keys()}
+def numbers(checkpoint):
+    """Weights and moments, {name: tensor}."""
+    return checkpoint["weights"] | {f"{kind} of {name}": x for name, some in
+                                    checkpoint["moments"].items() for kind, x in some.items()}
 
 
 def test_a_run_goes_on_with_more_or_fewer_processes(done):
-    """The same weights and moments up to rounding; with as many processes the same file, bit for
-    bit."""
+    """The same weights and moments up to rounding; with as many processes the same state, the
+    random ones too, bit for bit."""
     for step, folder in ((2, "two"), (3, "two"), (3, "back")):
-        ours, theirs = tensors(done / folder /
-                               f"{step:07d}.safetensors"), tensors(done / "one" /
-                                                                   f"{step:07d}.safetensors")
+        ours, theirs = (numbers(contents(done / name / f"{step:07d}.pt"))
+                        for name in (folder, "one"))
         assert ours.keys() == theirs.keys() and len(ours) > 40
         for name in ours:
             assert torch.allclose(ours[name], theirs[name], rtol=1e-4, atol=1e-6), \
                 f"{folder}, step {step}: {name} differs"
-    before = tensors(done / "one" / "0000002.safetensors")
-    assert all((before[name] != theirs[name]).any() for name in before
-               if name.startswith("weight")), "nothing moved"
-    two, again = (everything(done / folder / "0000003.safetensors") for folder in ("two", "again"))
-    assert two == again, "as many processes go on bit for bit"
+    before, after = (contents(done / "one" / f"{step:07d}.pt")["weights"] for step in (2, 3))
+    assert all((before[name] != after[name]).any() for name in before), "nothing moved"
+    two, again = (contents(done / folder / "0000003.pt") for folder in ("two", "again"))
+    ours, theirs = numbers(two), numbers(again)
+    assert ours.keys() == theirs.keys(), "as many processes go on bit for bit"
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert torch.equal(two["generators"], again["generators"]) and len(two["generators"]) == 2
+    assert (two["step"], two["rng"]) == (again["step"], again["rng"])
     assert "it goes on with other draws" in (done / "said.0").read_text()
+
+
+def test_held_out_problems_are_shared_out_and_measured_alike(done):
+    """In the last step of two processes: what one process measures of the model that they saved."""
+    lines = (done / "log.csv").read_text().splitlines()
+    rows = [dict(zip(lines[0].split(","), line.split(","))) for line in lines[1:]]
+    names = ("held_out_1", "held_out_16", "held_out_distinct")
+    assert [rows[0][name] for name in names] == ["", "", ""]
+    task = Countdown(counts=(3,), high=9, targets=(1, 20))
+    problems = task.held_out_problems(10)[5:]          # those after the table's
+    records = evaluation.evaluate(*policy_module.load(done / "runs" / "run" / "model"), task,
+                                  problems, 16, 8, 1.0, torch.Generator().manual_seed(0), rows=6)
+    columns = evaluation.columns(records)
+    assert [float(rows[1][name]) for name in names] == pytest.approx(
+        [columns[name].mean() for name in ("Pass@1", "Pass@16", "distinct")], abs=1e-4)
+    assert (done / "trained.0").read_text().count("held-out problems: Pass@1") == 1
 
 
 def test_a_table_is_shared_out_and_stays_the_same(done):

@@ -527,7 +527,6 @@ BAD = {  # command line -> what the one sentence must say
     # what it starts from
     "train --loss grpo --counts 3": "was warm-started with counts [2], not [3]",
     "train --loss grpo --high 5": "was warm-started with high 4, not 5",
-    "train --loss grpo --model no-such/model": "no-such/model",
     "train --loss grpo --model no/such/model": "no/such/model",
     "train --loss grpo --model {out}/notes": "notes' (a folder here, or a name on",
     "train --loss grpo --model {out}/empty": "empty' (a folder here, or a name on",
