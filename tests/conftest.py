@@ -6,17 +6,17 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors here are too small to share between threads
-# some images round fp32 products to ten bits; the tests' tolerances do not
+# Tensors here are too small to share between threads.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Some images round fp32 products to ten bits; the tests' tolerances do not.
 os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers",
-                            "core: the mathematics of one function (tests/test_losses.py)")
-    config.addinivalue_line(
-        "markers", "care: what real batches need besides: padding, dtypes, errors in words, stats")
+    for marker in ("core: the mathematics of one function (tests/test_losses.py)",
+                   "care: what real batches need besides: padding, dtypes, errors in words, stats"):
+        config.addinivalue_line("markers", marker)
 
 
 @pytest.fixture(params=["cpu", "cuda"])

@@ -249,8 +249,8 @@ def trained(folder, steps=(1, 2, 3)):
     """A small policy, its optimiser and draws, after `steps`, each of them saved -> what
     load_checkpoint restores into."""
     policy, tokenizer = policy_module.tiny(width=8, layers=1, heads=1, kv_heads=1, inner=8)
-    optimizer, rng, generator = train.make_optimizer(policy,
-                                                     1e-2), random.Random(0), torch.Generator()
+    optimizer = train.make_optimizer(policy, 1e-2)
+    rng, generator = random.Random(0), torch.Generator()
     rollout = rollout_of(policy, tokenizer)
     for step in steps:
         train.train_step(policy, optimizer, rollout, REWARDS, SMOOTH, G)
@@ -993,9 +993,7 @@ def main(kills):
     import tempfile
     rng = random.Random(0)
     early = [moment for moment in list(MOMENTS)[:3] for _ in range(2)]
-    later = [
-        rng.choice(["while a checkpoint is written", "any time"]) for _ in range(kills - len(early))
-    ]
+    later = rng.choices(["while a checkpoint is written", "any time"], k=kills - len(early))
     print(f"{'kill':>4}  {'moment':30}  {'steps':>5}  {'checkpoints':24}  half-written")
     def say(number, moment, steps, saved, half):
         kept = ", ".join(name[:7].lstrip("0") for name in saved)

@@ -45,16 +45,15 @@ def small(seed=0, device="cpu"):
 
 
 def rollout_of(policy, tokenizer, temperature=1.0, prompts=("4 7 2 9,24=", "1 1,2=", "3 9 9,7=")):
-    policy.stop_ids = [1, 4, 9, 14]  # several, so that a fresh policy's answers differ in length
+    policy.stop_ids = [1, 4, 9, 14]                    # so that answers differ in length
     return sample(policy, tokenizer, list(prompts), G, 9, temperature,
                   torch.Generator().manual_seed(3))
 
 
 def on(device, rollout):
     """The rollout on that device."""
-    return sampling.Rollout(
-        **{name: x if name == "texts" else x.to(device)
-           for name, x in vars(rollout).items()})
+    return sampling.Rollout(**{name: x if name == "texts" else x.to(device)
+                               for name, x in vars(rollout).items()})
 
 
 def naive_score(policy, rollout, temperature):
@@ -244,8 +243,8 @@ def test_the_stop_token_is_trained():
     optimizer = train.make_optimizer(policy, 1e-2)
     before = policy_module.score(policy, rollout, torch.arange(2), 1, 1.0)[0][0, 0].item()
     train.train_step(policy, optimizer, rollout, torch.ones(2), losses.sft, 1)
-    assert policy_module.score(policy, rollout, torch.arange(2), 1,
-                               1.0)[0][0, 0].item() > before + 0.01
+    after = policy_module.score(policy, rollout, torch.arange(2), 1, 1.0)[0][0, 0].item()
+    assert after > before + 0.01
 
 
 @care("train_step")
@@ -270,18 +269,17 @@ def test_a_step_of_muon_is_orthogonal_and_as_torch_makes_it(shape):
     policy, _ = small()
     theirs = copy.deepcopy(policy)
     before = copy.deepcopy(policy)
-    ours, rest = train.Muon(policy,
-                            0.01), [w for w in theirs.model.layers.parameters() if w.dim() == 2]
+    ours = train.Muon(policy, 0.01)
+    rest = [w for w in theirs.model.layers.parameters() if w.dim() == 2]
     peer = torch.optim.Muon(rest, lr=0.01, weight_decay=0.1, momentum=0.95,
                             adjust_lr_fn="match_rms_adamw")
-    for step in range(3):  # other gradients each time, or looking ahead would not show
+    for step in range(3):                              # other gradients, or looking ahead is unseen
         for w, v in zip(policy.parameters(), theirs.parameters()):
             w.grad = torch.randn(w.shape, generator=torch.Generator().manual_seed(step))
             v.grad = w.grad.clone()
         ours.step(), peer.step()
-    moved = [(a - b, c - b) for a, b, c in zip(*(model.model.layers.parameters()
-                                                 for model in (policy, before, theirs)))
-             if a.dim() == 2]
+    blocks = (model.model.layers.parameters() for model in (policy, before, theirs))
+    moved = [(a - b, c - b) for a, b, c in zip(*blocks) if a.dim() == 2]
     assert all((mine - his).norm() < 0.05 * his.norm() for mine, his in moved), "not torch's step"
     assert all(not torch.equal(a, b) for a, b in zip(policy.parameters(), before.parameters())), \
         "the others move, too"
@@ -309,7 +307,7 @@ def test_a_nan_never_reaches_the_weights():
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """runs/base, warm-started for long enough on a toy setting (2 numbers) that some answers are
-    right."""
+    correct."""
     out = tmp_path_factory.mktemp("runs")
     task = Countdown(counts=(2,), high=4, targets=(1, 8))
     policy, tokenizer = policy_module.tiny(width=64, layers=2, heads=2, kv_heads=1, inner=128)
@@ -565,7 +563,7 @@ def test_a_whole_run_on_every_device(base, device, capsys):
 
 
 class Scripted(Countdown):
-    """A task whose reward is decided by the group's number: group 0 all right, 1 all wrong, then
+    """A task whose reward is decided by the group's number: group 0 all correct, 1 all wrong, then
     mixed, and so on."""
 
     def __init__(self):
@@ -628,7 +626,7 @@ def test_the_learning_rate_rises_and_falls_by_hand():
 
 
 def test_the_progress_of_a_step_by_hand():
-    """Of two problems the first has three right answers, two of them one; the second has none, and
+    """Of two problems the first has three correct answers, two of them one; the second has none, and
     so no contrast."""
     texts = ["1+2", "2+1", "3*1", "((", "1+1", "1+1", "1+1", ""]
     lengths = torch.tensor([4, 4, 4, 2, 4, 4, 4, 1])
@@ -987,26 +985,25 @@ def test_the_gradient_of_the_whole_batch_is_named(micro_batch):
         return torch.autograd.grad(loss, list(policy.parameters()))
 
     whole = probed(slopes())
-    chunks = [
-        probed(slopes(slice(i, i + (micro_batch or 12)))) for i in range(0, 12, micro_batch or 12)
-    ]
+    size = micro_batch or 12
+    chunks = [probed(slopes(slice(i, i + size))) for i in range(0, 12, size)]
     value, plain = (loss_fn(logp, logp, rollout.mask, REWARDS, G, entropy=entropy)[0].item()
                     for logp, entropy in (naive_score(policy, rollout, T) for T in (0.7, 1.0)))
     stats = train.train_step(policy, Still(policy), rollout, REWARDS, loss_fn, G, temperature=0.7,
                              micro_batch=micro_batch, grad_clip=1e9)
     grads = [torch.zeros_like(w) if w.grad is None else w.grad for w in policy.parameters()]
-    linear = lambda parts: torch.cat([whole[:1] * 0, sum(parts)[1:]])  # norms do not add up
-    check(
-        f"the gradient with micro_batch {micro_batch}, probed in two directions",
-        linear([probed(grads)]), linear([whole]), 1e-4, 1e-3, bugs=lambda: {
-            "the mean of the chunks' losses, where the batch has one": linear(chunks) / len(chunks),
-            "the sum of the chunks' losses": linear(chunks), "the last chunk's gradient alone":
-            linear(chunks[-1:]), "the first chunk's gradient alone": linear(chunks[:1]),
-            "the gradient divided by the chunks once more": linear([whole]) / len(chunks),
-            "a temperature of 1 in the score": linear([probed(slopes(temperature=1.0))]),
-            "the entropy's gradient dropped": linear([probed(slopes(bonus=False))]), "the sign":
-            -linear([whole]), "no gradient at all: is the loss cut off?": 0 * whole
-        })
+    linear = lambda parts: torch.cat([whole[:1] * 0, sum(parts)[1:]])       # norms do not add up
+    bugs = lambda: {
+        "the mean of the chunks' losses, where the batch has one": linear(chunks) / len(chunks),
+        "the sum of the chunks' losses": linear(chunks),
+        "the last chunk's gradient alone": linear(chunks[-1:]),
+        "the first chunk's gradient alone": linear(chunks[:1]),
+        "the gradient divided by the chunks once more": linear([whole]) / len(chunks),
+        "a temperature of 1 in the score": linear([probed(slopes(temperature=1.0))]),
+        "the entropy's gradient dropped": linear([probed(slopes(bonus=False))]),
+        "the sign": -linear([whole]), "no gradient at all: is the loss cut off?": 0 * whole}
+    check(f"the gradient with micro_batch {micro_batch}, probed in two directions",
+          linear([probed(grads)]), linear([whole]), 1e-4, 1e-3, bugs=bugs)
     check("the norm of the gradient", probed(grads)[0], whole[0], 1e-4, 1e-3)
     check(f"stats['loss'] with micro_batch {micro_batch}", stats["loss"], value, 1e-4, 1e-4,
           bugs={"a temperature of 1 in the score": plain})
