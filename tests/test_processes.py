@@ -39,7 +39,7 @@ def done(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     ran = subprocess.run([sys.executable, __file__, str(folder)], capture_output=True, text=True,
-                         env=environment, timeout=600)
+                         env=environment, timeout=1800)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     return folder
 
@@ -58,7 +58,7 @@ def together(n, work, said):
             for stream in (1, 2):
                 os.dup2(os.open(f"{said}.{i}", os.O_CREAT | os.O_WRONLY | os.O_APPEND), stream)
             os.environ.update(joined | {"RANK": str(i), "LOCAL_RANK": str(i)} if n > 1 else {})
-            signal.alarm(120)
+            signal.alarm(300)
             try:
                 code = work()
             except BaseException:

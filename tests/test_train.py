@@ -626,8 +626,8 @@ def test_the_learning_rate_rises_and_falls_by_hand():
 
 
 def test_the_progress_of_a_step_by_hand():
-    """Of two problems the first has three correct answers, two of them one; the second has none, and
-    so no contrast."""
+    """Of two problems the first has three correct answers, two of them one; the second has none,
+    and so no contrast."""
     texts = ["1+2", "2+1", "3*1", "((", "1+1", "1+1", "1+1", ""]
     lengths = torch.tensor([4, 4, 4, 2, 4, 4, 4, 1])
     rollout = argparse.Namespace(texts=texts, mask=torch.arange(4) < lengths[:, None],
