@@ -413,12 +413,12 @@ def run(argv=None):
         del policy                                     # its memory is for the next one
     if rank() > 0:
         return
+    own = "=" in (args.show or "")                     # a problem from the command line, alone
+    shown = range(1) if own else worth_showing(task, problems, int(args.show or 0))
     for temperature, records in results.items():
-        print(f"{len(problems)} held-out problems, {args.n} samples each, temperature "
-              f"{temperature:g}, seed {args.seed}")
-        shown = range(1) if "=" in (args.show or "") else worth_showing(task, problems,
-                                                                        int(args.show or 0))
-        if "=" not in (args.show or ""):
+        print(f"{'one problem' if own else f'{len(problems)} held-out problems'}, {args.n} samples "
+              f"each, temperature {temperature:g}, seed {args.seed}")
+        if not own:
             print_table(summary(records))
         for i in shown:
             print(answers_of(task, problems[i], {model: records[model][i] for model in records}))
