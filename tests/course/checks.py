@@ -328,7 +328,8 @@ def _():
                                    ("2+2+2", (2, 2), 6), ("4*6", (2, 3, 5), 24), ("2+5-3", (5, 3, 2), 4),
                                    ("3*7+5-2\n", (2, 3, 5, 7), 24), ("12", (1, 2), 12), ("1+2", (12,), 3),
                                    ("5", (5,), 5), ("5", (5, 5), 5), ("10+1", (1, 0, 1), 11), ("0+5", (5,), 5),
-                                   ("0*7+5", (5, 0, 7), 5), ("1*5", (5,), 5), ("(2)+(3)", (3, 2), 5)]
+                                   ("0*7+5", (5, 0, 7), 5), ("1*5", (5,), 5), ("(2)+(3)", (3, 2), 5), ("2*6", (3, 4), 12), ("1*2*9", (1, 3, 6), 18),
+                                   ("1+4+4", (2, 2, 5), 9), ("1*6*6", (2, 2, 9), 36)]
     for text, numbers, value in problems(4, 250):
         target = as_target(value)
         rows.append((text, tuple(numbers), target))
@@ -343,6 +344,8 @@ def _():
         rows.append((text, tuple(numbers[:-1]), target))
         other = numbers[:]
         other[i] += rng.choice((-1, 1))
+        rows.append((text, tuple(other), target))
+        other[j - 1] -= other[i] - numbers[i]          # as many, with the same sum
         rows.append((text, tuple(other), target))
         rows.append((text, list(numbers), target))
     return [calls_of("rewards", "countdown_reward", rows, judge_reward)]
@@ -614,6 +617,7 @@ def _():
     asks.append(advantage_ask([torch.tensor([1., 0, 0, 0, 1, 1])], 4, "6 rewards"))
     asks.append(advantage_ask([torch.tensor([1., 0])], 0, "a group size of 0"))
     asks.append(advantage_ask([torch.tensor([1., 0])], 4, "2 rewards"))
+    asks.append(advantage_ask([torch.tensor([1., 0])], -2, "a group size of -2"))
     return asks
 
 
