@@ -275,13 +275,15 @@ def nothing(name):
 
 # ----------------------------------------------------------------------------------------- judging
 
-RIGHT, LOCK = {}, threading.Lock()
+RIGHT, LOCK = {}, threading.RLock()
+prepare = functools.cache(worker.import_all)
 
 
 def right_answer(ask):
     """What the reference says, computed once in this process."""
     with LOCK:
         if id(ask) not in RIGHT:
+            prepare()                                  # imports by several threads would meet
             try:
                 found = worker.drivers[ask.driver](checks.REFERENCE, **ask.options)
             except Exception as error:

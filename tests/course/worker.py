@@ -582,23 +582,27 @@ def watch(roots):
     sys.addaudithook(hook)
 
 
-def main(fd, user):
-    """Import all that is slow, then fork a worker for each connection that comes."""
+def import_all():
+    """What questions and answers import, once: in a worker nothing is to be found on the disk."""
     import numpy  # noqa: F401
     import tokenizers  # noqa: F401
     import transformers
-    from torch.nn.utils.rnn import pad_sequence  # noqa: F401
     from torch.distributed.checkpoint import state_dict  # noqa: F401
-    for name, _ in KINDS.values():
-        getattr(transformers, name)
-    transformers.PreTrainedTokenizerFast, transformers.GenerationConfig
-    torch.set_num_threads(1)
-    for name in ("safetensors", "tqdm", "csv", "hashlib", "decimal", "shlex", "fractions"):
+    from torch.nn.utils.rnn import pad_sequence  # noqa: F401
+    for name in (*dict(KINDS.values()), "PreTrainedTokenizerFast", "GenerationConfig"):
+        getattr(transformers, name)                    # found when first asked for
+    for name in ("safetensors", "tqdm", "csv", "hashlib", "decimal", "shlex"):
         importlib.import_module(name)
-    one = torch.zeros(1, 1, 1, 1, requires_grad=True)  # what torch imports at the first use
+    torch.set_num_threads(1)
+    one = torch.zeros(1, 1, 1, 1, requires_grad=True)
     torch.nn.functional.scaled_dot_product_attention(one, one, one).sum().backward()
     torch.optim.AdamW([one]).step()
     torch.nn.utils.clip_grad_norm_([one], 1.0)
+
+
+def main(fd, user):
+    """Import all that is slow, then fork a worker for each connection that comes."""
+    import_all()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)      # nobody waits for the workers
     orders = socket.socket(fileno=int(fd))
     while True:
