@@ -1,18 +1,23 @@
 """Proof that the tests bite: each well-known bug, put on purpose into a copy of the repo, must be caught.
 
-    python tests/mutants.py                 # every mutant, a line each: the bug, the test that kills it, what it says
+    python tests/mutants.py                 # every mutant: the bug, the test that kills it, what it says
     python tests/mutants.py losses.py       # only those of one file
     python tests/mutants.py losses.py gspo  # only those with gspo in their name
+    python tests/mutants.py course          # wrong solutions of the exercises: none gets full marks
+    python tests/mutants.py --check         # whether every edit still applies: seconds
 
-A mutant is one file with one or two small edits. It is graded in a temporary copy of the repo by the tests of that
-file alone (`TESTS`), up to the first that fails. An edit whose text does not occur exactly once is an error: the list
-has to follow the code. Exit code 1 if a mutant survives. Some five minutes on two cores.
+A mutant is one file with one or two small edits. It is graded in a temporary copy of the repo by
+the tests of that file alone (`TESTS`), up to the first that fails. An edit is found by its words,
+whatever blanks, line breaks and comments stand between them; one that does not apply exactly once
+is an error: the list has to follow the code. Wrong solutions of the exercises are made and graded by
+course/variants.py. Exit code 1 if a mutant survives. Some five minutes on two cores.
 """
 import contextlib
 import importlib
 import io
 import multiprocessing
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -552,19 +557,63 @@ def all_asked(asks):
     return "-k " + " or ".join(f"({ask[3:]})" for ask in dict.fromkeys(asks))
 
 
+def place(source, old):
+    """Where an edit's text stands: its words in their order, with any blanks, line breaks and
+    comments between them -> [(start, end)]."""
+    words = re.findall(r"\w+|[^\w\s]", re.sub(r"(?m)(^|\s)#.*$", "", old))
+    between = r"(?:\s|#[^\n]*\n)*"
+    pattern = between.join(map(re.escape, words))
+    before = r"(?<!\w)" if words[0][0].isalnum() else ""
+    return [match.span() for match in re.finditer(before + pattern, source)]
+
+
 def mutate(file, edits):
+    """The file with its edits put in; ValueError with the text of one that does not apply."""
     source = (REPO / file).read_text()
     for old, new in [edits] if isinstance(edits, tuple) else edits:
-        if source.count(old) != 1:
-            sys.exit(f"mutants.py: this text must occur once in {file}, but it does {source.count(old)} times:\n{old}")
-        source = source.replace(old, new)
+        if source.count(old) == 1:
+            source = source.replace(old, new)
+            continue
+        found = place(source, old)
+        if len(found) != 1:
+            raise ValueError(f"this must stand once in {file}, and stands {len(found)} times:\n{old}")
+        (start, end), indent = found[0], old[:len(old) - len(old.lstrip())]
+        source = source[:start] + new.removeprefix(indent) + source[end:]
     return source
 
 
+def lost_edits(chosen):
+    """What to say of the edits that do not apply any more, a paragraph each."""
+    said = []
+    for file, name, edits, _ in chosen:
+        try:
+            compile(mutate(file, edits), file, "exec")
+        except (ValueError, SyntaxError) as error:
+            said.append(f"{file}, '{name}': {error}")
+    return said
+
+
+def wrong_solutions(wanted):
+    """Grade those of the exercises -> exit code."""
+    sys.path.insert(0, str(REPO / "tests" / "course"))
+    import variants
+    return variants.main([*wanted, "--short"])
+
+
 def main(words):
+    if words[:1] == ["course"]:
+        return wrong_solutions(words[1:])
+    check = "--check" in words
+    words = [word for word in words if word != "--check"]
     files = [word for word in words if word in TESTS] or list(MUTANTS)
     wanted = " ".join(word for word in words if word not in TESTS)
     chosen = [(file, *mutant) for file in files for mutant in MUTANTS.get(file, []) if wanted in mutant[0]]
+    lost = lost_edits(chosen)
+    if lost:
+        sys.exit("mutants.py: the list has to follow the code.\n" + "\n".join(lost))
+    if check:
+        print(f"{len(chosen)} mutants: every edit applies.")
+        return 0
     # First, the files as they are must pass their tests; else every mutant would seem to be killed.
     graded = [(file, "as it is", [], all_asked([ask for name, _, _, ask in chosen if name == file]))
               for file in dict.fromkeys(file for file, *_ in chosen)] + chosen
@@ -594,7 +643,8 @@ def main(words):
     print(f"{len(chosen)} mutants, {len(chosen) - len(survivors)} killed, in {time.time() - began:.0f} s.")
     if survivors:
         print("These survive: " + "; ".join(survivors))
-    return 1 if survivors else 0
+    code = 1 if survivors else 0
+    return code if words else max(code, wrong_solutions([]))
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def test_the_reference_as_a_folder_gets_all_points(workshop):
 
 
 DEFINING = [(1, "bare eval"), (2, "the plug-in"), (3, "max for min"), (3, "old_logp with gradient"),
-            (4, "no causality"), (5, "no gradient of the entropy"), (6, "generator ignored"),
+            (4, "keys not rotated"), (5, "no gradient of the entropy"), (6, "generator ignored"),
             (7, "the mean of the chunks' losses"), (8, "both signs"), (8, "mean over the width for sum too"),
             (9, "the factor k lost")]
 
@@ -190,7 +190,7 @@ def test_what_is_not_there_is_no_points_and_a_sentence(workshop, tmp_path):
     points, why = of("import sys\nsys.exit(0)\n" + whole)
     assert points == 0 and "SystemExit: 0 (eval.py, line 2)" in why, why
     points, why = of(b"# \xe9\n" + whole.encode())
-    assert points == 0 and "SyntaxError" in why and "utf-8" in why, why
+    assert points == 0 and "SyntaxError: invalid or missing encoding declaration" in why, why
     assert of(b"\xef\xbb\xbf" + whole.encode()) == (8, None), "a byte order mark is nothing"
     assert of(whole.replace("\n", "\r\n").encode()) == (8, None)
     points, why = of(whole.replace("1.0 - math.comb(n - c, k) / math.comb(n, k)", "1 / 0"))
@@ -237,7 +237,7 @@ def test_tests_of_chance_are_wrong_as_rarely_as_stated():
     """The exact tail of a binomial; and independent draws raise no alarm in hundreds of tests."""
     low, high = checks.binomial_tails(10, 0.3, 4)
     assert abs(low - 0.8497317) < 1e-6 and abs(high - 0.3503893) < 1e-6
-    assert checks.unlikely(1000, 0.01, 0) and checks.unlikely(1000, 0.01, 40) and not checks.unlikely(1000, 0.01, 20)
+    assert checks.unlikely(3000, 0.01, 0) and checks.unlikely(1000, 0.01, 40) and not checks.unlikely(1000, 0.01, 20)
     judge = checks.judge_independent(checks.EVEN, 3)
     draw = torch.Generator().manual_seed(0)
     for _ in range(20):
