@@ -11,6 +11,7 @@ exercises, and the reference as compiled code (of this Python version), by which
 programs before all is solved. Nothing of OUT but the functions of the exercise named is touched by
 --solution.
 """
+
 import argparse
 import importlib
 import marshal
@@ -18,8 +19,10 @@ import shutil
 import sys
 from pathlib import Path
 
-from exercises import (EXERCISES, FILES, REPO, blanked_names, blanked_source, exercise, functions_of, handout, is_blank,
-                       neighbours, put_back)
+from exercises import (
+    EXERCISES, FILES, REPO, blanked_names, blanked_source, exercise, functions_of, handout,
+    is_blank, neighbours, put_back,
+)
 
 COPIED = ("exercises.py", "course/bodies.py", "course/run.py", "course/self_check.py")
 
@@ -28,6 +31,7 @@ def compiled():
     """{file: {function: body}} of all that a copy may lack, as bytes; see run.py."""
     sys.path[:0] = [str(REPO), str(REPO / "tests" / "course")]
     import bodies
+
     found = {}
     for file in FILES:
         names = [name for one in EXERCISES if one.file == file for name in blanked_names(one)]
@@ -55,7 +59,9 @@ def solve(folder, numbers):
             path, solution = folder / one.file, (REPO / one.file).read_text()
             names = [*blanked_names(one), *(neighbours() if one.number == 3 else ())]
             known = functions_of(path.read_text())
-            names = [name for name in names if name in blanked_names(one) or is_blank(known.get(name))]
+            names = [
+                name for name in names if name in blanked_names(one) or is_blank(known.get(name))
+            ]
             path.write_text(put_back(path.read_text(), solution, names))
 
 
@@ -63,11 +69,13 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--only", type=int, nargs="+", metavar="N", help="blank these alone")
-    parser.add_argument("--solution", type=int, nargs="+", metavar="N", help="put the bodies of these back into OUT")
+    parser.add_argument(
+        "--solution", type=int, nargs="+", metavar="N", help="put the bodies of these back into OUT"
+    )
     args = parser.parse_args(argv)
     chosen = args.solution or args.only or [one.number for one in EXERCISES]
     for number in chosen:
-        exercise(number)                               # SystemExit for a number that is not there
+        exercise(number)  # SystemExit for a number that is not there
     if args.solution and args.only:
         raise SystemExit("--only makes a copy and --solution changes one: one of the two, please.")
     if not (REPO / "tests" / "course" / "checks.py").is_file():

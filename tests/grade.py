@@ -12,14 +12,15 @@ together as they were handed in. The exit code is 1 if a point was lost, 2 for a
 
 The code graded runs in a process that knows no right answer (course/worker.py): this one sends it
 questions and compares what comes back with what the reference says, computed here. So nothing that
-the code does to its own process earns a point. It may not read files other than Python's own, write,
-or start anything, as far as Python's audit hooks see; code that is not Python can get round them,
-and then read the reference's source and answer from that. --user NAME, for those who grade as root
-(in a container), leaves that to the system: NAME must not be able to read this folder.
+the code does to its own process earns a point. It may read no files but Python's own, write none
+and start nothing, as far as Python's audit hooks see; code that is not Python can get round them,
+read the reference's source and answer from that. --user NAME, for those who grade as root (in a
+container), leaves that to the system: NAME must not be able to read this folder.
 
 A question that is not answered in a quarter of --seconds counts as lost, two of them end the
 exercise, and an exercise ends after --seconds in any case.
 """
+
 import argparse
 import ast
 import base64
@@ -50,14 +51,16 @@ sys.path[:0] = [str(REPO), str(REPO / "tests"), str(REPO / "tests" / "course")]
 import bodies
 import checks
 import worker
-from exercises import (EXERCISES, FILES, blanked_names, blanked_source, exercise, functions_of,
-                       is_blank, neighbours)
+from exercises import (
+    EXERCISES, FILES, blanked_names, blanked_source, exercise, functions_of, is_blank, neighbours,
+)
 
 GRADED = [one for one in EXERCISES if one.file]
 checks.REFERENCE = worker.Modules()
 
 
 # --------------------------------------------------------------------------- workers, from outside
+
 
 class Hung(Exception):
     pass
@@ -75,12 +78,15 @@ class Workshop:
         self.orders, theirs = socket.socketpair()
         keep = {"PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TMPDIR", "SYSTEMROOT"}
         environment = {key: value for key, value in os.environ.items() if key in keep}
-        environment |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1",
-                        "PYTHONDONTWRITEBYTECODE": "1", "CUDA_VISIBLE_DEVICES": ""}
+        environment |= {
+            "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1",
+            "PYTHONDONTWRITEBYTECODE": "1", "CUDA_VISIBLE_DEVICES": "",
+        }
         self.process = subprocess.Popen(
             [sys.executable, "worker.py", str(theirs.fileno()), user or ""], cwd=self.folder.name,
             env=environment, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
+        )
         theirs.close()
 
     def fork(self):
@@ -89,7 +95,7 @@ class Workshop:
         try:
             socket.send_fds(self.orders, [b"w"], [theirs.fileno()])
             theirs.close()
-            pid, = struct.unpack(">Q", worker.read(self.orders, 8))
+            (pid,) = struct.unpack(">Q", worker.read(self.orders, 8))
         except (OSError, TypeError):
             said = self.process.stderr.read().decode(errors="replace").strip().rpartition("\n")[2]
             raise SystemExit(f"the process for graded code does not start: {said}")
@@ -120,14 +126,16 @@ class Worker:
         try:
             worker.send(self.connection, message)
             head = self.read(8, deadline)
-            size, = struct.unpack(">Q", head)
+            (size,) = struct.unpack(">Q", head)
             if size > 1 << 30:
                 raise EOFError
             return worker.unpack(json.loads(self.read(size, deadline)))
         except TimeoutError:
             raise Hung
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, RecursionError):
-            raise EOFError                             # gone, or it sent what is no answer
+        except (
+            OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, RecursionError,
+        ):
+            raise EOFError  # gone, or it sent what is no answer
 
     def read(self, size, deadline):
         parts = []
@@ -143,7 +151,9 @@ class Worker:
     def peak(self):
         """The most memory it has held so far, in bytes, as the system counts it; 0 if unknown."""
         try:
-            return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{self.pid}/status").read_text())[1])
+            return 1024 * int(
+                re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{self.pid}/status").read_text())[1]
+            )
         except (OSError, TypeError):
             return 0
 
@@ -157,6 +167,7 @@ class Worker:
 
 
 # ------------------------------------------------------------------------------ what was handed in
+
 
 def read_source(path):
     """(source as Python reads it, the interpreter's own complaint or None)."""
@@ -198,27 +209,40 @@ class Submission:
         if self.loose is None:
             return [one for one in GRADED if one.file in self.sources]
         top = self.top()
-        found = [one for one in GRADED if any(name.partition(".")[0] in top for name in one.functions)]
+        found = [
+            one for one in GRADED if any(name.partition(".")[0] in top for name in one.functions)
+        ]
         if not found and not self.complaints["answer.py"]:
             raise SystemExit(f"'{self.path}' defines none of the functions that are graded.")
         return found or GRADED
 
     def top(self):
-        return {node.name for node in ast.parse(self.loose).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+        return {
+            node.name
+            for node in ast.parse(self.loose).body
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+        }
 
     def missing(self, one, name):
         """Why a function cannot be graded at all, or None."""
         file = "answer.py" if self.loose is not None else one.file
         if self.complaints.get(file):
-            return f"{self.path.name if self.loose is not None else file} cannot be read: {self.complaints[file]}"
+            return (
+                f"{self.path.name if self.loose is not None else file} cannot be read:"
+                f" {self.complaints[file]}"
+            )
         if self.loose is None and file not in self.sources:
             return f"there is no {file}"
         source = self.sources.get(file, self.loose)
         node = functions_of(source).get(name)
         if node is not None:
             return "not written yet" if is_blank(node) else None
-        names = assigned(source)                       # `grpo = some_other(...)` will do
-        return None if name in names or name.partition(".")[0] in names else f"{file} defines no {name}"
+        names = assigned(source)  # `grpo = some_other(...)` will do
+        return (
+            None
+            if name in names or name.partition(".")[0] in names
+            else f"{file} defines no {name}"
+        )
 
     def task(self, one, functions):
         """What a worker needs to run these functions of an exercise as they were handed in."""
@@ -240,11 +264,23 @@ class Submission:
             top = self.top() | assigned(self.loose)
             names = sorted({name.partition(".")[0] for name in mine} & top)
             sources[one.file] += f"\n\nfrom answer import {', '.join(names)}\n"
-        others = {name for other in GRADED if other.file == one.file and other.number in (one.number, *one.needs)
-                  for name in blanked_names(other) if "." not in name} - mine
-        return {"others": sorted(others), "sources": {file: encoded(text.encode()) for file, text in sources.items()},
-                "bodies": {file: {name: encoded(raw) for name, raw in them.items()} for file, them in given.items()},
-                "module": one.file[:-3], "functions": list(functions)}
+        others = {
+            name
+            for other in GRADED
+            if other.file == one.file and other.number in (one.number, *one.needs)
+            for name in blanked_names(other)
+            if "." not in name
+        } - mine
+        return {
+            "others": sorted(others),
+            "sources": {file: encoded(text.encode()) for file, text in sources.items()},
+            "bodies": {
+                file: {name: encoded(raw) for name, raw in them.items()}
+                for file, them in given.items()
+            },
+            "module": one.file[:-3],
+            "functions": list(functions),
+        }
 
 
 def assigned(source):
@@ -252,7 +288,9 @@ def assigned(source):
     found = set()
     for node in ast.parse(source).body:
         if isinstance(node, ast.Assign):
-            found |= {x.id for target in node.targets for x in ast.walk(target) if isinstance(x, ast.Name)}
+            found |= {
+                x.id for target in node.targets for x in ast.walk(target) if isinstance(x, ast.Name)
+            }
         elif isinstance(node, (ast.Import, ast.ImportFrom)):
             found |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
     return found
@@ -286,7 +324,7 @@ def right_answer(ask):
     """What the reference says, computed once in this process."""
     with LOCK:
         if id(ask) not in RIGHT:
-            prepare()                                  # imports by several threads would meet
+            prepare()  # imports by several threads would meet
             try:
                 found = worker.drivers[ask.driver](checks.REFERENCE, **ask.options)
             except Exception as error:
@@ -312,6 +350,7 @@ def judge(ask, answer):
 # Well-known mistakes (course/variants.py) are asked the same question: one that gives the very
 # numbers seen is named.
 
+
 class Mistaken(worker.Modules):
     """The reference's modules, but for the functions of one exercise: those of a wrong solution."""
 
@@ -321,8 +360,13 @@ class Mistaken(worker.Modules):
         exec(compile((REPO / one.file).read_text(), one.file, "exec"), module.__dict__)
         theirs = {}
         exec(compile(source, "wrong", "exec", dont_inherit=True), theirs)
-        module.__dict__.update({name: theirs[name] for name in theirs.keys() & module.__dict__.keys()
-                                if not name.startswith("__")})
+        module.__dict__.update(
+            {
+                name: theirs[name]
+                for name in theirs.keys() & module.__dict__.keys()
+                if not name.startswith("__")
+            }
+        )
         self.module = module
 
     def __getattr__(self, name):
@@ -333,11 +377,12 @@ class Mistaken(worker.Modules):
 def mistaken(number):
     """[(a mistake, modules that make it)] of an exercise."""
     import variants
+
     one, found = exercise(number), []
     for name, source in variants.variants(number):
         try:
             found.append((name, Mistaken(one, source)))
-        except Exception:                              # no modules without the error itself
+        except Exception:  # no modules without the error itself
             pass
     return found
 
@@ -353,8 +398,12 @@ def mistaken_answer(number, index, key):
 
 
 def named(number, ask, answer, seconds=4):
-    """Which mistakes would give this answer, as a sentence, or ""; no longer than so many seconds."""
-    if ask.driver in ("sampled", "large_logprobs") or not isinstance(answer, (dict, list)) or checks.is_error(answer):
+    """Which mistakes give this answer, as a sentence, or ""; looked for in so many seconds."""
+    if (
+        ask.driver in ("sampled", "large_logprobs")
+        or not isinstance(answer, (dict, list))
+        or checks.is_error(answer)
+    ):
         return ""
     with LOCK:
         PACK[id(ask)], began, found = ask, time.monotonic(), []
@@ -362,12 +411,16 @@ def named(number, ask, answer, seconds=4):
             if len(found) == 2 or time.monotonic() - began > seconds:
                 break
             theirs = mistaken_answer(number, index, id(ask))
-            if not checks.is_error(theirs) and not differs(ask, answer, theirs) and differs(ask, theirs, right_answer(ask)):
+            if (
+                not checks.is_error(theirs)
+                and not differs(ask, answer, theirs)
+                and differs(ask, theirs, right_answer(ask))
+            ):
                 found.append(name)
     return f" This is what you get with: {', or: '.join(found)}." if found else ""
 
 
-Row = collections.namedtuple("Row", "check says")      # says: None, or why its points are lost
+Row = collections.namedtuple("Row", "check says")  # says: None, or why its points are lost
 
 
 def run_unit(workshop, task, asked, seconds, deadline, stop=False):
@@ -379,11 +432,14 @@ def run_unit(workshop, task, asked, seconds, deadline, stop=False):
             says = broken
             for ask in check.asks() if says is None else ():
                 if ask.memory and current is not None:
-                    current.close()                    # a peak is that of a whole process
+                    current.close()  # a peak is that of a whole process
                     current = None
                 left = deadline - time.monotonic()
                 if left <= 0 or hung == 2:
-                    says = broken = f"not asked any more: {'two questions hung' if hung == 2 else f'{seconds} s were up'}"
+                    says = broken = (
+                        "not asked any more:"
+                        f" {'two questions hung' if hung == 2 else f'{seconds} s were up'}"
+                    )
                     break
                 try:
                     doing = f"the import of {task['module']}.py"
@@ -391,7 +447,9 @@ def run_unit(workshop, task, asked, seconds, deadline, stop=False):
                         current = Worker(workshop, task)
                         loaded = current.load(min(limit, left))
                         if checks.is_error(loaded):
-                            says = broken = f"{task['module']}.py cannot be imported: {loaded['says']}"
+                            says = broken = (
+                                f"{task['module']}.py cannot be imported: {loaded['says']}"
+                            )
                             break
                         has = loaded.get("has", ()) if isinstance(loaded, dict) else ()
                         lacking = set(task["functions"]) - {x for x in has if isinstance(x, str)}
@@ -400,24 +458,39 @@ def run_unit(workshop, task, asked, seconds, deadline, stop=False):
                             break
                     right_answer(ask)
                     before, doing = current.peak() if ask.memory else 0, ask.what or check.title
-                    answer = current.ask({"driver": ask.driver, "options": packed(ask)}, min(limit, max(0.01, deadline - time.monotonic())))
+                    answer = current.ask(
+                        {"driver": ask.driver, "options": packed(ask)},
+                        min(limit, max(0.01, deadline - time.monotonic())),
+                    )
                     says = judge(ask, answer)
                     if says and not stop:
                         asked_at = time.monotonic()
                         says += named(check.exercise, ask, answer)
-                        deadline += time.monotonic() - asked_at    # that was our time
+                        deadline += time.monotonic() - asked_at  # that was our time
                     if not says and ask.memory and current.peak() - before > ask.memory:
-                        says = (f"{ask.what} the process grew by {(current.peak() - before) >> 20} MB, "
-                                f"where {ask.memory >> 20} MB are enough")
+                        says = (
+                            f"{ask.what} the process grew by {(current.peak() - before) >> 20} MB, "
+                            f"where {ask.memory >> 20} MB are enough"
+                        )
                 except Hung:
-                    says = f"{doing} was not finished after {min(limit, left):.0f} s: does a loop never end?"
+                    says = (
+                        f"{doing} was not finished after {min(limit, left):.0f} s: does a loop"
+                        " never end?"
+                    )
                     hung += 1
                     if doing.startswith("the import"):
                         broken = says
                 except EOFError:
-                    says = f"{doing}: the process ended in the midst of it (an exit, a crash, or out of memory)"
+                    says = (
+                        f"{doing}: the process ended in the midst of it (an exit, a crash, or out"
+                        " of memory)"
+                    )
                     hung += doing.startswith("the import")
-                if says and current is not None and ("the process ended" in says or "not finished" in says):
+                if (
+                    says
+                    and current is not None
+                    and ("the process ended" in says or "not finished" in says)
+                ):
                     current.close()
                     current = None
                 if says:
@@ -431,7 +504,7 @@ def run_unit(workshop, task, asked, seconds, deadline, stop=False):
     return rows
 
 
-PACK = {}                                              # id of a question -> the question
+PACK = {}  # id of a question -> the question
 
 
 @functools.cache
@@ -453,12 +526,14 @@ def grade(workshop, submission, one, seconds=60, stop=False):
     if one.together or len(one.functions) == 1:
         units = [(one.functions, mine)]
     else:
-        units = [((name,), [check for check in mine if check.function == name]) for name in one.functions]
+        units = [
+            ((name,), [check for check in mine if check.function == name]) for name in one.functions
+        ]
         units.append((one.functions, [check for check in mine if not check.function]))
     for functions, asked in units:
         why = [missing[name] for name in functions if missing[name]]
         if one.together and len(why) < len(functions) and missing[functions[0]] is None:
-            why = []                                   # the class behind token_logprobs is a choice
+            why = []  # the class behind token_logprobs is a choice
         if why:
             whole = len(functions) > 1 and not one.together
             says = f"not all of it is there: {why[0]}" if whole else why[0]
@@ -469,14 +544,23 @@ def grade(workshop, submission, one, seconds=60, stop=False):
         if stop and rows and rows[-1].says:
             break
     lost = sum(row.check.points for row in rows if row.says)
-    return {"points": checks.points_of(one.number) - lost, "of": checks.points_of(one.number),
-            "seconds": round(time.monotonic() - began, 1),
-            "parts": [{"function": row.check.function, "part": row.check.part, "what": row.check.title,
-                       "points": 0 if row.says else row.check.points, "of": row.check.points,
-                       "says": row.says} for row in rows]}
+    return {
+        "points": checks.points_of(one.number) - lost,
+        "of": checks.points_of(one.number),
+        "seconds": round(time.monotonic() - began, 1),
+        "parts": [
+            {
+                "function": row.check.function, "part": row.check.part, "what": row.check.title,
+                "points": 0 if row.says else row.check.points, "of": row.check.points,
+                "says": row.says,
+            }
+            for row in rows
+        ],
+    }
 
 
 # ---------------------------------------------------------------------------------------- the card
+
 
 def lines_of(one, card):
     """An exercise's lines on the screen."""
@@ -487,15 +571,20 @@ def lines_of(one, card):
     for name in names:
         parts = [part for part in card["parts"] if part["function"] == name]
         if len(names) > 1:
-            of = {kind: [sum(p[key] for p in parts if p["part"] == kind) for key in ("points", "of")]
-                  for kind in ("core", "care")}
+            of = {
+                kind: [sum(p[key] for p in parts if p["part"] == kind) for key in ("points", "of")]
+                for kind in ("core", "care")
+            }
             marks = "  ".join(f"{kind} {got}/{most}" for kind, (got, most) in of.items() if most)
             yield f"     {name or 'together':34s}{marks}"
         for part in parts:
             if part["says"] and part["says"] not in reasons:
                 reasons.add(part["says"])
                 says = f"{part['part']}, {part['what']}: {part['says']}"
-                yield f"       -{part['of'] - part['points']} {says if len(says) <= 400 else says[:397] + '...'}"
+                yield (
+                    f"       -{part['of'] - part['points']}"
+                    f" {says if len(says) <= 400 else says[:397] + '...'}"
+                )
 
 
 def card_of(path, chosen, seconds, user, show=lambda line: None):
@@ -520,8 +609,11 @@ def total(cards, key="points"):
 def grade_all(folder, chosen, args):
     """One row a submission -> [{column: value}]."""
     chosen = chosen or GRADED
-    paths = sorted(path for path in folder.iterdir() if not path.name.startswith((".", "__"))
-                   and (path.is_dir() or path.suffix == ".py"))
+    paths = sorted(
+        path
+        for path in folder.iterdir()
+        if not path.name.startswith((".", "__")) and (path.is_dir() or path.suffix == ".py")
+    )
     if not paths:
         raise SystemExit(f"'{folder}' has no submissions: a folder or a .py file each.")
 
@@ -530,12 +622,28 @@ def grade_all(folder, chosen, args):
         try:
             cards, why = card_of(path, chosen, args.seconds, args.user), ""
         except SystemExit as error:
-            cards, why = {one.number: {"points": 0, "of": checks.points_of(one.number), "parts": []} for one in chosen}, str(error)
-        said = [f"{number}: {part['says']}" for number, card in cards.items() for part in card["parts"] if part["says"]]
-        row = {"submission": path.name} | {f"exercise {number}": card["points"] for number, card in cards.items()}
-        row |= {"points": total(cards), "of": total(cards, "of"), "seconds": round(time.monotonic() - began),
-                "first mistake": (why or (said or [""])[0])[:200]}
-        print(f"{path.name:30s}{row['points']:>4d}/{row['of']}{row['seconds']:>6d} s", file=sys.stderr, flush=True)
+            cards, why = {
+                one.number: {"points": 0, "of": checks.points_of(one.number), "parts": []}
+                for one in chosen
+            }, str(error)
+        said = [
+            f"{number}: {part['says']}"
+            for number, card in cards.items()
+            for part in card["parts"]
+            if part["says"]
+        ]
+        row = {"submission": path.name} | {
+            f"exercise {number}": card["points"] for number, card in cards.items()
+        }
+        row |= {
+            "points": total(cards), "of": total(cards, "of"),
+            "seconds": round(time.monotonic() - began),
+            "first mistake": (why or (said or [""])[0])[:200],
+        }
+        print(
+            f"{path.name:30s}{row['points']:>4d}/{row['of']}{row['seconds']:>6d} s",
+            file=sys.stderr, flush=True,
+        )
         return row, cards
 
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
@@ -548,20 +656,32 @@ def main(argv=None):
     parser.add_argument("path", type=Path, nargs="?", metavar="FOLDER_OR_FILE")
     parser.add_argument("--all", type=Path, metavar="FOLDER", help="each folder and .py file in it")
     parser.add_argument("--only", type=int, nargs="+", metavar="N", help="these exercises alone")
-    parser.add_argument("--seconds", type=int, default=60, metavar="N", help="limit of one exercise (default: 60)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every part with its points and sentence")
+    parser.add_argument(
+        "--seconds", type=int, default=60, metavar="N", help="limit of one exercise (default: 60)"
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write every part with its points and sentence"
+    )
     parser.add_argument("--csv", type=Path, metavar="FILE", help="with --all: write the table")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="with --all: submissions at a time")
+    parser.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="with --all: submissions at a time"
+    )
     parser.add_argument("--user", metavar="NAME", help="run graded code as this user; needs root")
     args = parser.parse_args(argv)
     if (args.path is None) == (args.all is None):
         parser.error("name a folder or a file, or a folder of submissions with --all.")
     if not hasattr(os, "fork"):
         raise SystemExit("grade.py needs fork: take Linux, macOS, or the container of the README.")
-    missing = [f"{one.number} ({name})" for one in GRADED for name in one.functions
-               if is_blank(functions_of((REPO / one.file).read_text()).get(name))]
+    missing = [
+        f"{one.number} ({name})"
+        for one in GRADED
+        for name in one.functions
+        if is_blank(functions_of((REPO / one.file).read_text()).get(name))
+    ]
     if missing:
-        raise SystemExit(f"{REPO} has no reference for {missing[0]}: grade from the instructor's repo.")
+        raise SystemExit(
+            f"{REPO} has no reference for {missing[0]}: grade from the instructor's repo."
+        )
     chosen = [exercise(number) for number in args.only] if args.only else None
     if chosen and not all(one.file for one in chosen):
         raise SystemExit("exercise 10 is not graded by a program.")
@@ -576,7 +696,9 @@ def main(argv=None):
         out.flush()
         lost = any(row["points"] < row["of"] for row in rows)
     else:
-        cards = card_of(args.path, chosen, args.seconds, args.user, lambda line: print(line, flush=True))
+        cards = card_of(
+            args.path, chosen, args.seconds, args.user, lambda line: print(line, flush=True)
+        )
         print(f"{'together':58s}{total(cards):>4d}/{total(cards, 'of')}", flush=True)
         sheet, lost = cards, total(cards) < total(cards, "of")
     if args.json:

@@ -5,6 +5,7 @@ that do not add up to 100, a docstring or signature lost with the body, a neighb
 bodies that do not come back, an answer left in a copy, a self-check that passes what is blank, a
 program of a copy that does not run before all is solved.
 """
+
 import ast
 import os
 import subprocess
@@ -52,13 +53,16 @@ def test_points_add_up_to_a_hundred():
 def test_a_full_copy_holds_no_line_of_an_answer(tmp_path):
     """In no file, compiled ones included. Two lines say nothing and stand elsewhere, too."""
     assert blank.main([str(tmp_path / "out")]) == 0
-    elsewhere = {"if cache is not None:", "prompt, prompt_mask = encode(tokenizer, prompts, device)"}
+    elsewhere = {
+        "if cache is not None:", "prompt, prompt_mask = encode(tokenizer, prompts, device)",
+    }
     answers = exercises.solution_lines() - elsewhere
     assert len(answers) > 120
     files = [file for file in (tmp_path / "out").rglob("*") if file.is_file()]
     assert {file.name for file in files} == {
-        *exercises.FILES, "README.md", "HANDOUT.md", "requirements.txt", ".gitignore", "exercises.py",
-        "bodies.py", "run.py", "self_check.py", "reference.bin"}
+        *exercises.FILES, "README.md", "HANDOUT.md", "requirements.txt", ".gitignore",
+        "exercises.py", "bodies.py", "run.py", "self_check.py", "reference.bin",
+    }
     for file in files:
         text = file.read_bytes().decode("latin-1")
         lines = {line.strip() for line in text.split("\n")}
@@ -71,12 +75,14 @@ def test_a_full_copy_holds_no_line_of_an_answer(tmp_path):
 
 def test_a_copy_loses_bodies_and_nothing_else_and_gets_them_back(tmp_path):
     blank.main([str(tmp_path / "out")])
-    blanked = {(one.file, name): one.number
-               for one in GRADED for name in exercises.blanked_names(one)}
+    blanked = {
+        (one.file, name): one.number for one in GRADED for name in exercises.blanked_names(one)
+    }
     blanked |= {("losses.py", name): 0 for name in exercises.neighbours()}
     for file in exercises.FILES:
-        ours, theirs = (functions_of((folder / file).read_text())
-                        for folder in (REPO, tmp_path / "out"))
+        ours, theirs = (
+            functions_of((folder / file).read_text()) for folder in (REPO, tmp_path / "out")
+        )
         assert list(ours) == list(theirs)
         for name in ours:
             assert ast.get_docstring(ours[name]) == ast.get_docstring(theirs[name])
@@ -95,23 +101,28 @@ def test_only_some_are_blank_and_one_comes_back(tmp_path):
     blank.main([str(tmp_path / "out"), "--only", "2", "3"])
     losses = tmp_path / "out" / "losses.py"
     assert {name for name, node in functions_of(losses.read_text()).items() if is_blank(node)} == {
-        *exercises.blanked_names(exercises.exercise(3)), *exercises.neighbours()}
+        *exercises.blanked_names(exercises.exercise(3)), *exercises.neighbours(),
+    }
     mine = losses.read_text().replace(
-        'raise NotImplementedError("exercise 3: reinforce is yours to write")', "return 3")
+        'raise NotImplementedError("exercise 3: reinforce is yours to write")', "return 3"
+    )
     losses.write_text(mine)
     blank.main([str(tmp_path / "out"), "--solution", "2"])
     assert losses.read_text() == mine, "what is written must not be touched"
     assert (tmp_path / "out" / "eval.py").read_text() == (REPO / "eval.py").read_text()
-    for words, says in (([tmp_path / "out"], "exists"),
-                        ([tmp_path, "--solution", "1"], "not a copy"),
-                        ([tmp_path / "new", "--only", "11"], "no exercise 11")):
+    for words, says in (
+        ([tmp_path / "out"], "exists"), ([tmp_path, "--solution", "1"], "not a copy"),
+        ([tmp_path / "new", "--only", "11"], "no exercise 11"),
+    ):
         with pytest.raises(SystemExit, match=says):
             blank.main([*map(str, words)])
 
 
 def in_copy(folder, *words):
-    done = subprocess.run([sys.executable, *words], cwd=folder, capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        [sys.executable, *words], cwd=folder, capture_output=True, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     return done.returncode, done.stdout, done.stderr
 
 
@@ -120,16 +131,20 @@ def test_a_copy_checks_itself_and_runs_before_all_is_solved(tmp_path):
     blank.main([str(out)])
     code, said, _ = in_copy(out, "tests/self_check.py", "1", "2", "8")
     assert code == 1 and said.count("is not written yet") == 3, said
-    blank.main([str(out), "--solution", "8"])          # its own group_advantages is still blank
+    blank.main([str(out), "--solution", "8"])  # its own group_advantages is still blank
     code, said, _ = in_copy(out, "tests/self_check.py", "8")
     assert code == 0 and "right" in said, said
     losses = out / "losses.py"
     losses.write_text(losses.read_text().replace("-gamma_p * log_pi", "gamma_p * log_pi"))
     code, said, _ = in_copy(out, "tests/self_check.py", "8")
     assert code == 1 and "1.299998, please, not 0.699998" in said, said
-    code, said, error = in_copy(out, "-c", "import sys; sys.path.insert(0, 'tests'); import run; run.complete(); "
-                                "import torch, losses, policy; print(losses.group_advantages(torch.tensor([1., 0.]), 2), "
-                                "policy.tiny()[0](torch.zeros(1, 3).long()).shape)")
+    code, said, error = in_copy(
+        out,
+        "-c",
+        "import sys; sys.path.insert(0, 'tests'); import run; run.complete(); "
+        "import torch, losses, policy; print(losses.group_advantages(torch.tensor([1., 0.]), 2), "
+        "policy.tiny()[0](torch.zeros(1, 3).long()).shape)",
+    )
     assert code == 0 and "torch.Size([1, 3, 128])" in said, error
     assert "losses.py: the reference's group_advantages" in error and "diffsmooth" not in error
     code, said, error = in_copy(out, "tests/run.py", "train.py", "--loss", "nosuch")
@@ -145,7 +160,9 @@ def test_the_handout_has_all_that_a_student_needs():
     text = exercises.handout()
     for one in EXERCISES:
         for part in (one.title, one.hours, one.question, *exercises.blanked_names(one)):
-            assert " ".join(part.split()) in " ".join(text.split()), f"exercise {one.number}: {part}"
+            assert " ".join(part.split()) in " ".join(
+                text.split()
+            ), f"exercise {one.number}: {part}"
     assert text.count("First hint") == text.count("Second hint") == len(EXERCISES)
     answers = (REPO / "tests" / "course" / "answers.md").read_text()
     for one in EXERCISES:

@@ -7,6 +7,7 @@ Bugs killed here: a right solution that loses a point, a defining mistake that c
 grade that the graded code can write itself, a submission that stops the grader, a sentence that
 names no cause, a test of chance that is wrong too often or sees nothing.
 """
+
 import csv
 import json
 import random
@@ -58,10 +59,12 @@ def test_the_reference_as_a_folder_gets_all_points(workshop):
         assert card["points"] == card["of"] == exercise(number).points, says(card)
 
 
-DEFINING = [(1, "bare eval"), (2, "the plug-in"), (3, "max for min"), (3, "old_logp with gradient"),
-            (4, "keys not rotated"), (5, "no gradient of the entropy"), (6, "generator ignored"),
-            (7, "the mean of the chunks' losses"), (8, "both signs"), (8, "mean over the width for sum too"),
-            (9, "the factor k lost")]
+DEFINING = [
+    (1, "bare eval"), (2, "the plug-in"), (3, "max for min"), (3, "old_logp with gradient"),
+    (4, "keys not rotated"), (5, "no gradient of the entropy"), (6, "generator ignored"),
+    (7, "the mean of the chunks' losses"), (8, "both signs"),
+    (8, "mean over the width for sum too"), (9, "the factor k lost"),
+]
 
 
 @pytest.mark.parametrize("number, name", DEFINING, ids=[name for _, name in DEFINING])
@@ -127,14 +130,21 @@ def test_no_forgery_earns_a_point(workshop, tmp_path):
     card = graded(workshop, tmp_path, 3, READING)
     assert sum(lost(card)) == 0 and "may not open /proc" in " ".join(says(card)), says(card)
     card = graded(workshop, tmp_path, 3, KNOWING.format(path=str(REPO / "losses.py")))
-    assert sum(lost(card)) == 0 and f"may not open {REPO / 'losses.py'}" in " ".join(says(card)), says(card)
+    assert sum(lost(card)) == 0 and f"may not open {REPO / 'losses.py'}" in " ".join(
+        says(card)
+    ), says(card)
 
 
-@pytest.mark.parametrize("how", [
-    "os.listdir('/')", "os.system('true')", "os.fork()", "open('x', 'w')", "os.remove('/tmp/x')",
-    "__import__('subprocess').run(['true'])", "__import__('ctypes').CDLL(None)",
-    "__import__('socket').create_connection(('127.0.0.1', 9))", "os.kill(os.getppid(), 9)",
-    "__import__('pathlib').Path('/etc/passwd').read_text()"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "os.listdir('/')", "os.system('true')", "os.fork()", "open('x', 'w')",
+        "os.remove('/tmp/x')", "__import__('subprocess').run(['true'])",
+        "__import__('ctypes').CDLL(None)",
+        "__import__('socket').create_connection(('127.0.0.1', 9))", "os.kill(os.getppid(), 9)",
+        "__import__('pathlib').Path('/etc/passwd').read_text()",
+    ],
+)
 def test_graded_code_reads_writes_and_starts_nothing(how, workshop, tmp_path):
     path = tmp_path / "answer.py"
     path.write_text(OTHERS.format(how=how))
@@ -151,25 +161,40 @@ def test_no_right_answer_is_in_the_process_that_is_graded(tmp_path):
     path = tmp_path / "answer.py"
     path.write_text("def grpo():\n    return 1\n")
     task = grade.Submission(path).task(exercise(3), ["grpo"])
-    sources = {file: __import__("base64").b64decode(text).decode() for file, text in task["sources"].items()}
-    answers = exercises.solution_lines() - {"if cache is not None:", "prompt, prompt_mask = encode(tokenizer, prompts, device)"}
+    sources = {
+        file: __import__("base64").b64decode(text).decode()
+        for file, text in task["sources"].items()
+    }
+    answers = exercises.solution_lines() - {
+        "if cache is not None:", "prompt, prompt_mask = encode(tokenizer, prompts, device)",
+    }
     for file, text in sources.items():
         assert not answers & {line.strip() for line in text.split("\n")}, file
     nothing = grade.encoded(grade.nothing("diffsmooth"))
-    assert task["bodies"]["losses.py"]["diffsmooth"] == nothing != task["bodies"]["losses.py"]["group_advantages"]
+    assert (
+        task["bodies"]["losses.py"]["diffsmooth"]
+        == nothing
+        != task["bodies"]["losses.py"]["group_advantages"]
+    )
     assert not {"grpo", "_clip"} & task["bodies"]["losses.py"].keys()
-    assert task["bodies"]["losses.py"]["entropy"] == grade.encoded(grade.nothing("entropy")), "grpo by another name"
+    assert task["bodies"]["losses.py"]["entropy"] == grade.encoded(
+        grade.nothing("entropy")
+    ), "grpo by another name"
 
 
 def test_an_answer_that_is_no_answer_is_a_sentence(workshop, tmp_path):
-    for code in ("raise SystemExit(0)", "import os; os._exit(0)", "import sys; sys.setrecursionlimit(40)",
-                 "return (logp * float('nan')).sum(), {'x': object()}", "return 'loss', 3", "print('x' * 10 ** 7); raise KeyboardInterrupt"):
+    for code in (
+        "raise SystemExit(0)", "import os; os._exit(0)", "import sys; sys.setrecursionlimit(40)",
+        "return (logp * float('nan')).sum(), {'x': object()}", "return 'loss', 3",
+        "print('x' * 10 ** 7); raise KeyboardInterrupt",
+    ):
         card = graded(workshop, tmp_path, 3, f"def grpo(logp, *rest, **options):\n    {code}\n")
         assert [p["points"] for p in card["parts"] if p["function"] == "grpo"] == [0, 0, 0, 0]
         assert all(len(text) > 20 for text in says(card)), says(card)
 
 
-# ------------------------------------------------------------------------------------------ the card
+# ---------------------------------------------------------------------------------------- the card
+
 
 def test_what_is_not_there_is_no_points_and_a_sentence(workshop, tmp_path):
     one = exercise(2)
@@ -185,8 +210,12 @@ def test_what_is_not_there_is_no_points_and_a_sentence(workshop, tmp_path):
     points, why = of("def pass_at_k(n, c, k) return 1")
     assert points == 0 and why == "eval.py cannot be read: SyntaxError: expected ':' (line 1)", why
     points, why = of("import nosuchmodule\n" + whole)
-    assert points == 0 and why == ("eval.py cannot be imported: ModuleNotFoundError: No module named "
-                                   "'nosuchmodule' (eval.py, line 1)"), why
+    assert (
+        points == 0
+        and why
+        == "eval.py cannot be imported: ModuleNotFoundError: No module named "
+        "'nosuchmodule' (eval.py, line 1)"
+    ), why
     points, why = of("import sys\nsys.exit(0)\n" + whole)
     assert points == 0 and "SystemExit: 0 (eval.py, line 2)" in why, why
     points, why = of(b"# \xe9\n" + whole.encode())
@@ -194,50 +223,81 @@ def test_what_is_not_there_is_no_points_and_a_sentence(workshop, tmp_path):
     assert of(b"\xef\xbb\xbf" + whole.encode()) == (8, None), "a byte order mark is nothing"
     assert of(whole.replace("\n", "\r\n").encode()) == (8, None)
     points, why = of(whole.replace("1.0 - math.comb(n - c, k) / math.comb(n, k)", "1 / 0"))
-    line = 1 + whole[:whole.index("return 1.0 - math.comb")].count("\n")
+    line = 1 + whole[: whole.index("return 1.0 - math.comb")].count("\n")
     assert points < 8 and f"ZeroDivisionError: division by zero (eval.py, line {line})" in why, why
 
 
 def test_a_hanging_submission_costs_its_seconds(workshop, tmp_path):
-    for code in ("def pass_at_k(n, c, k):\n    while True:\n        pass\n", "while True:\n    pass\ndef pass_at_k():\n    return 1\n",
-                 "import time\ndef pass_at_k(n, c, k):\n    time.sleep(1e6)\n"):
+    for code in (
+        "def pass_at_k(n, c, k):\n    while True:\n        pass\n",
+        "while True:\n    pass\ndef pass_at_k():\n    return 1\n",
+        "import time\ndef pass_at_k(n, c, k):\n    time.sleep(1e6)\n",
+    ):
         began = time.monotonic()
         card = graded(workshop, tmp_path, 2, code, seconds=8)
-        assert card["points"] == 0 and "was not finished after 2 s: does a loop never end?" in says(card)[0], says(card)
+        assert (
+            card["points"] == 0
+            and "was not finished after 2 s: does a loop never end?" in says(card)[0]
+        ), says(card)
         assert time.monotonic() - began < 9
 
 
 def test_the_first_number_that_differs_is_told():
-    right = torch.tensor([[1., 0, 0], [0, 2, 0]])
+    right = torch.tensor([[1.0, 0, 0], [0, 2, 0]])
     wrong = right.clone()
     wrong[1, 1] = 2.5
-    assert checks.same({"loss": wrong}, {"loss": right}) == "loss at [1, 1] should be 2, but is 2.5 (1 of 6 numbers differ)"
+    assert (
+        checks.same({"loss": wrong}, {"loss": right})
+        == "loss at [1, 1] should be 2, but is 2.5 (1 of 6 numbers differ)"
+    )
     assert checks.same(wrong, right[:1]) == "it should have shape (1, 3), but has (2, 3)"
-    assert checks.same({"error": ["KeyError"], "says": "KeyError: 'x'"}, 1.0) == "it fails with KeyError: 'x'"
-    assert "must raise ValueError" in checks.same(1.0, {"error": ["ValueError"], "says": "ValueError: no"})
+    assert (
+        checks.same({"error": ["KeyError"], "says": "KeyError: 'x'"}, 1.0)
+        == "it fails with KeyError: 'x'"
+    )
+    assert "must raise ValueError" in checks.same(
+        1.0, {"error": ["ValueError"], "says": "ValueError: no"}
+    )
     assert checks.same(1.0, 1.0 + 1e-9) is None and checks.same(float("nan"), 1.0)
-    assert checks.same([1, (2, "a")], [1, (2, "a")]) is None and checks.same([1, (2, "a")], [1, (2, "b")])
+    assert checks.same([1, (2, "a")], [1, (2, "a")]) is None and checks.same(
+        [1, (2, "a")], [1, (2, "b")]
+    )
 
 
-@pytest.mark.parametrize("value", [None, True, 3, -1 << 200, 0.1, float("nan"), float("-inf"), "a\ud800", [1, [2.5, "x"]], (1, ()),
-                                   {"a": {"b": (1,)}}, torch.tensor([1.5, float("nan")]), torch.zeros(0, 3), torch.tensor(2),
-                                   torch.tensor([[True]]), torch.tensor([1.5]).bfloat16()], ids=repr)
+@pytest.mark.parametrize(
+    "value",
+    [
+        None, True, 3, -1 << 200, 0.1, float("nan"), float("-inf"), "a\ud800", [1, [2.5, "x"]],
+        (1, ()), {"a": {"b": (1,)}}, torch.tensor([1.5, float("nan")]), torch.zeros(0, 3),
+        torch.tensor(2), torch.tensor([[True]]), torch.tensor([1.5]).bfloat16(),
+    ],
+    ids=repr,
+)
 def test_values_come_back_as_they_were_sent(value):
     back = worker.unpack(json.loads(json.dumps(worker.pack(value))))
     assert type(back) is type(value)
     if isinstance(value, torch.Tensor):
-        assert back.dtype == value.dtype and back.shape == value.shape and torch.equal(back.nan_to_num(), value.nan_to_num())
+        assert (
+            back.dtype == value.dtype
+            and back.shape == value.shape
+            and torch.equal(back.nan_to_num(), value.nan_to_num())
+        )
     else:
         assert repr(back) == repr(value)
 
 
 # --------------------------------------------------------------------------------- tests of chance
 
+
 def test_tests_of_chance_are_wrong_as_rarely_as_stated():
     """The exact tail of a binomial; and independent draws raise no alarm in hundreds of tests."""
     low, high = checks.binomial_tails(10, 0.3, 4)
     assert abs(low - 0.8497317) < 1e-6 and abs(high - 0.3503893) < 1e-6
-    assert checks.unlikely(3000, 0.01, 0) and checks.unlikely(1000, 0.01, 40) and not checks.unlikely(1000, 0.01, 20)
+    assert (
+        checks.unlikely(3000, 0.01, 0)
+        and checks.unlikely(1000, 0.01, 40)
+        and not checks.unlikely(1000, 0.01, 20)
+    )
     judge = checks.judge_independent(checks.EVEN, 3)
     draw = torch.Generator().manual_seed(0)
     for _ in range(20):
@@ -249,8 +309,13 @@ def rollouts_of(tokens):
     for some in tokens:
         B, T = some.shape
         whole = torch.cat([torch.zeros(B, 1, dtype=torch.int64), some], 1)
-        made.append(dict(tokens=whole, prompt_mask=torch.ones(B, 1).bool(), response=some, mask=torch.ones(B, T).bool(),
-                         logp=torch.zeros(B, T), finished=torch.zeros(B).bool(), texts=[""] * B))
+        made.append(
+            dict(
+                tokens=whole, prompt_mask=torch.ones(B, 1).bool(), response=some,
+                mask=torch.ones(B, T).bool(), logp=torch.zeros(B, T),
+                finished=torch.zeros(B).bool(), texts=[""] * B,
+            )
+        )
     return {"rollouts": made}
 
 
@@ -260,7 +325,11 @@ def test_a_tail_cut_at_98_percent_is_seen():
     judge = checks.judge_frequencies(p, 1.0)
 
     def drawn(chances):
-        return rollouts_of(torch.tensor([[[t] for t in rng.choices(list(chances), list(chances.values()), k=60000)]]))
+        return rollouts_of(
+            torch.tensor(
+                [[[t] for t in rng.choices(list(chances), list(chances.values()), k=60000)]]
+            )
+        )
 
     assert judge(*[drawn(p)] * 2) is None
     kept, mass = {}, 0.0
@@ -273,6 +342,7 @@ def test_a_tail_cut_at_98_percent_is_seen():
 
 # ----------------------------------------------------------------------------------------- a class
 
+
 def test_a_class_is_one_table(tmp_path, capsys):
     """Four submissions, two at a time; one hangs, one is empty, one is right."""
     handed_in = tmp_path / "handed_in"
@@ -283,12 +353,21 @@ def test_a_class_is_one_table(tmp_path, capsys):
     (handed_in / "cid" / "eval.py").write_text((REPO / "eval.py").read_text())
     (handed_in / "dan").mkdir()
     sheet, table = tmp_path / "sheet.json", tmp_path / "grades.csv"
-    code = grade.main(["--all", str(handed_in), "--only", "2", "--csv", str(table), "--json", str(sheet),
-                       "--jobs", "2", "--seconds", "40"])
+    code = grade.main(
+        [
+            "--all", str(handed_in), "--only", "2", "--csv", str(table), "--json", str(sheet),
+            "--jobs", "2", "--seconds", "40",
+        ]
+    )
     rows = {row["submission"]: row for row in csv.DictReader(table.open())}
     assert code == 1 and list(rows) == ["ann.py", "bob.py", "cid", "dan"]
-    assert [row["points"] for row in rows.values()] == ["8", "0", "8", "0"] and {row["of"] for row in rows.values()} == {"8"}
-    assert "does a loop never end" in rows["bob.py"]["first mistake"] and "has none of" in rows["dan"]["first mistake"]
+    assert [row["points"] for row in rows.values()] == ["8", "0", "8", "0"] and {
+        row["of"] for row in rows.values()
+    } == {"8"}
+    assert (
+        "does a loop never end" in rows["bob.py"]["first mistake"]
+        and "has none of" in rows["dan"]["first mistake"]
+    )
     assert json.loads(sheet.read_text())["bob.py"]["2"]["points"] == 0
     code = grade.main([str(handed_in / "ann.py")])
     assert code == 0 and "8/8" in capsys.readouterr().out

@@ -3,6 +3,7 @@
 A submission that has not written a function runs with the reference's body in its place: among its
 own globals, so that it calls what the submission has. Source text goes nowhere.
 """
+
 import inspect
 import marshal
 import types
@@ -35,8 +36,10 @@ def take(module, names):
 
 def refusal(says):
     """The body of a function that is not to be had."""
+
     def missing(*args, **options):
         raise NotImplementedError("not here")
+
     code = missing.__code__
     constants = tuple(says if x == "not here" else x for x in code.co_consts)
     return marshal.dumps((anonymous(code.replace(co_consts=constants)), None, None))

@@ -6,6 +6,7 @@
 What you have written runs; each function that is still blank runs with the compiled body of the
 reference, reference.bin, among your own functions.
 """
+
 import importlib
 import importlib.abc
 import importlib.machinery
@@ -60,8 +61,10 @@ def complete(quiet=False):
     """From here on the six files are imported with the reference's bodies where they are blank."""
     version, reference = marshal.loads((TESTS / "reference.bin").read_bytes())
     if version != sys.version_info[:2]:
-        raise SystemExit(f"the reference was compiled by Python {version[0]}.{version[1]}, and this "
-                         "is another: use that version, or ask for a copy made with yours.")
+        raise SystemExit(
+            f"the reference was compiled by Python {version[0]}.{version[1]}, and this "
+            "is another: use that version, or ask for a copy made with yours."
+        )
     Loader.quiet = quiet
     sys.meta_path.insert(0, Finder(reference))
 

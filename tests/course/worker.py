@@ -7,6 +7,7 @@ very same ones in its own process.
 
 First everything slow is imported once (`main`); then every part of a card is a fork of that.
 """
+
 import base64
 import contextlib
 import importlib
@@ -30,6 +31,7 @@ MEMORY, CPU_SECONDS = 12 << 30, 300
 
 # ------------------------------------------------------------------------------- values as JSON
 
+
 def pack(x):
     """A value as what json can write: numbers, text, lists, tensors bit for bit."""
     if x is None or type(x) in (bool, int, float, str):
@@ -38,15 +40,17 @@ def pack(x):
         x = x.detach().cpu().contiguous()
         raw = bytes(x.flatten().view(torch.uint8).numpy()) if x.numel() else b""
         kind = str(x.dtype).removeprefix("torch.")
-        return {"~": "tensor", "dtype": kind, "shape": list(x.shape),
-                "bytes": base64.b64encode(raw).decode()}
+        return {
+            "~": "tensor", "dtype": kind, "shape": list(x.shape),
+            "bytes": base64.b64encode(raw).decode(),
+        }
     if isinstance(x, Fraction):
         return {"~": "fraction", "of": [x.numerator, x.denominator]}
     if isinstance(x, (list, tuple)):
         return {"~": type(x).__name__, "of": [pack(y) for y in x]}
     if isinstance(x, dict):
         return {"~": "dict", "of": [[pack(key), pack(value)] for key, value in x.items()]}
-    if isinstance(x, (int, float, str)):               # of a class of its own
+    if isinstance(x, (int, float, str)):  # of a class of its own
         return pack(next(kind(x) for kind in (int, float, str) if isinstance(x, kind)))
     if type(x).__module__ == "numpy" and getattr(x, "ndim", 1) == 0:
         return pack(x.item())
@@ -101,7 +105,7 @@ def attempt(call, *args, **options):
 
 # ------------------------------------------------------------------- a submission as modules
 
-SOURCES = {}                   # file name -> source, bytes: the modules that are there
+SOURCES = {}  # file name -> source, bytes: the modules that are there
 
 
 class Submission(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -123,7 +127,7 @@ class Submission(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         linecache.cache[file] = len(text), None, text.splitlines(True), file
         exec(code, module.__dict__)
         give(module, self.bodies.get(file, {}))
-        answer = sys.modules.get("answer")             # a file by itself calls the reference's, too
+        answer = sys.modules.get("answer")  # a file by itself calls the reference's, too
         for name in self.others if answer is not None else ():
             if hasattr(answer, name) and hasattr(module, name):
                 setattr(answer, name, getattr(module, name))
@@ -174,14 +178,17 @@ def advantages(m, rewards, group_size):
 
 
 @driver
-def loss(m, name, logp, old_logp, mask, rewards, group_size, options, entropy=None, ref_logp=None,
-         stats=False):
+def loss(
+    m, name, logp, old_logp, mask, rewards, group_size, options, entropy=None, ref_logp=None,
+    stats=False,
+):
     """One loss: its value, its gradient in every tensor, and what it left in its arguments.
     old_logp None: logp itself, as before the first update."""
     leaf, old, H, ref = leaves(logp, old_logp, entropy, ref_logp)
     mask, r = mask.clone(), rewards.clone()
-    out = getattr(m.losses, name)(leaf, leaf if old is None else old, mask, r, group_size,
-                                  entropy=H, ref_logp=ref, **options)
+    out = getattr(m.losses, name)(
+        leaf, leaf if old is None else old, mask, r, group_size, entropy=H, ref_logp=ref, **options
+    )
     if not (isinstance(out, tuple) and len(out) == 2 and isinstance(out[1], dict)):
         return {"shape": f"{name} must return a pair (loss, stats), stats a dict"}
     value, numbers = out
@@ -193,21 +200,26 @@ def loss(m, name, logp, old_logp, mask, rewards, group_size, options, entropy=No
     for key, slope in zip(of, slopes(value, [*of.values()])):
         found[f"gradient in {key}"] = slope
     if stats:
-        found |= {"stats": numbers, "arguments": [leaf, mask, r, *(x for x in (old, ref) if x is not None)]}
+        found |= {
+            "stats": numbers,
+            "arguments": [leaf, mask, r, *(x for x in (old, ref) if x is not None)],
+        }
     return found
 
 
 @driver
 def turned(m, x, cos, sin, weight):
-    x, = leaves(x)
+    (x,) = leaves(x)
     out = m.policy.rotate(x, cos, sin)
     return {"rotate": out, "gradient in x": slopes((out * weight.to(out.dtype)).sum(), [x])[0]}
 
 
 @driver
 def seen(m, cases):
-    return [attempt(m.policy.allowed, mask, T, S, window, torch.device("cpu"))
-            for mask, T, S, window in cases]
+    return [
+        attempt(m.policy.allowed, mask, T, S, window, torch.device("cpu"))
+        for mask, T, S, window in cases
+    ]
 
 
 @driver
@@ -222,30 +234,39 @@ def cached(m, steps, weights, rows):
     values = [v for _, v in out]
     total = sum((x * w).sum() for pair, two in zip(out, weights) for x, w in zip(pair, two))
     chosen = cache.select(rows)
-    return {"keys": keys, "values": values,
-            "gradient in k": slopes(total, [k for _, k, _ in steps]),
-            "gradient in v": slopes(total, [v for *_, v in steps]),
-            "cache.keys": list(cache.keys), "cache.values": list(cache.values),
-            "keys of select": list(chosen.keys), "values of select": list(chosen.values)}
+    return {
+        "keys": keys, "values": values, "gradient in k": slopes(total, [k for _, k, _ in steps]),
+        "gradient in v": slopes(total, [v for *_, v in steps]), "cache.keys": list(cache.keys),
+        "cache.values": list(cache.values), "keys of select": list(chosen.keys),
+        "values of select": list(chosen.values),
+    }
 
 
-SIZES = dict(vocab_size=53, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
-             eos_token_id=1, pad_token_id=0)
-KINDS = {"llama": ("LlamaConfig", {}), "tied": ("LlamaConfig", dict(tie_word_embeddings=True)),
-         "biases": ("LlamaConfig", dict(attention_bias=True)),
-         "one key head": ("LlamaConfig", dict(num_key_value_heads=1)),
-         "as many key heads": ("LlamaConfig", dict(num_key_value_heads=4)),
-         "head of its own size": ("LlamaConfig", dict(head_dim=16)),
-         "qwen2": ("Qwen2Config", {}), "qwen3": ("Qwen3Config", dict(head_dim=16)),
-         "window": ("MistralConfig", dict(sliding_window=4)),
-         "layers of both kinds": ("MinistralConfig", dict(head_dim=8, sliding_window=3, layer_types=[
-             "full_attention", "sliding_attention"]))}
+SIZES = dict(
+    vocab_size=53, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=128, eos_token_id=1, pad_token_id=0,
+)
+KINDS = {
+    "llama": ("LlamaConfig", {}),
+    "tied": ("LlamaConfig", dict(tie_word_embeddings=True)),
+    "biases": ("LlamaConfig", dict(attention_bias=True)),
+    "one key head": ("LlamaConfig", dict(num_key_value_heads=1)),
+    "as many key heads": ("LlamaConfig", dict(num_key_value_heads=4)),
+    "head of its own size": ("LlamaConfig", dict(head_dim=16)),
+    "qwen2": ("Qwen2Config", {}),
+    "qwen3": ("Qwen3Config", dict(head_dim=16)),
+    "window": ("MistralConfig", dict(sliding_window=4)),
+    "layers of both kinds": (
+        "MinistralConfig",
+        dict(head_dim=8, sliding_window=3, layer_types=["full_attention", "sliding_attention"]),
+    ),
+}
 
 
 def network(m, kind, seed=0, dtype=torch.float64, **sizes):
     """A policy of that kind with weights that the seed alone decides."""
     import transformers
+
     name, more = KINDS[kind]
     policy = m.policy.Policy(getattr(transformers, name)(**SIZES | more | sizes))
     generator = torch.Generator().manual_seed(seed)
@@ -260,18 +281,20 @@ def attention(m, kind, x, pieces, masks, weight, with_cache=True, start=0):
     """One layer's attention over x (B, T, D), read piece by piece into a cache."""
     policy = network(m, kind)
     layer, inv_freq = policy.model.layers[0].self_attn, policy.inv_freq.double()
-    x, = leaves(x)
+    (x,) = leaves(x)
     cache, parts, S = (m.policy.KVCache() if with_cache else None), [], 0
     for T, attend in zip(pieces, masks):
         angles = torch.arange(start + S, start + S + T)[:, None, None] * inv_freq
         S += T
-        parts.append(layer(x[:, S - T:S], (angles.cos(), angles.sin()), attend, 0, cache))
+        parts.append(layer(x[:, S - T : S], (angles.cos(), angles.sin()), attend, 0, cache))
     shapes = [list(part.shape) for part in parts]
     whole = torch.cat(parts, 1)
     of = [x, *layer.parameters()]
     found = slopes((whole * weight).sum(), of)
-    return {"shapes": shapes, "attention": whole, "gradient in x": found[0],
-            "gradient in the weights": found[1:]}
+    return {
+        "shapes": shapes, "attention": whole, "gradient in x": found[0],
+        "gradient in the weights": found[1:],
+    }
 
 
 @driver
@@ -283,7 +306,7 @@ def forward(m, kind, tokens, mask, pieces, weight, rows=None):
     for i, T in enumerate(pieces):
         S += T
         seen_so_far = None if mask is None else mask[:, :S]
-        if rows is not None and i == 0:                # prompts are read once
+        if rows is not None and i == 0:  # prompts are read once
             first = rows.unique_consecutive()
             some = None if mask is None else seen_so_far[[rows.tolist().index(r) for r in first]]
             own = tokens[[rows.tolist().index(r) for r in first], :S]
@@ -292,7 +315,7 @@ def forward(m, kind, tokens, mask, pieces, weight, rows=None):
             cache = cache.select(rows)
             cache.length = length
         else:
-            out = policy(tokens[:, S - T:S], seen_so_far, cache)
+            out = policy(tokens[:, S - T : S], seen_so_far, cache)
         parts.append(out)
     whole = torch.cat(parts, 1)
     real = torch.ones(tokens.shape, dtype=torch.bool) if mask is None else mask.bool()
@@ -338,16 +361,17 @@ def large_logprobs(m, N, D, V, temperature, with_gradient, ask=""):
     return found
 
 
-
 def speaker(m, kind="llama", seed=0, chances=None, stop_ids=(1, 4, 9, 14)):
     """A small policy and its tokenizer. chances: {token: probability} of the next token wherever it
     stands: then no word depends on another, unless the sampler makes it so."""
     _, tokenizer = m.policy.tiny(width=16, layers=1, heads=1, kv_heads=1, inner=16)
     V = len(tokenizer)
-    policy = network(m, kind, seed, torch.float32, vocab_size=V, tie_word_embeddings=chances is None,
-                     max_position_embeddings=64)
+    policy = network(
+        m, kind, seed, torch.float32, vocab_size=V, tie_word_embeddings=chances is None,
+        max_position_embeddings=64,
+    )
     policy.stop_ids = list(stop_ids)
-    if chances is not None:                            # all tokens look alike, so all states are one
+    if chances is not None:  # all tokens look alike, so all states are one
         with torch.no_grad():
             policy.model.embed_tokens.weight[:] = policy.model.embed_tokens.weight[0].clone()
             state = policy(torch.zeros(1, 1, dtype=torch.int64))[0, 0].double()
@@ -377,18 +401,30 @@ def sampled(m, model, prompts, group_size, new, temperature, plan, only=None):
             if tuple(name) not in generators:
                 generators[tuple(name)] = torch.Generator().manual_seed(name[1])
             generator = generators[tuple(name)]
-        out = m.sample.sample(policy, tokenizer, list(prompts), group_size, new, temperature, generator)
-        missing = [field for field in ("tokens", "prompt_mask", "response", "mask", "logp", "texts",
-                                       "finished") if not hasattr(out, field)]
+        out = m.sample.sample(
+            policy, tokenizer, list(prompts), group_size, new, temperature, generator
+        )
+        missing = [
+            field
+            for field in ("tokens", "prompt_mask", "response", "mask", "logp", "texts", "finished")
+            if not hasattr(out, field)
+        ]
         if missing:
             return {"shape": f"sample must return a Rollout; what it returned has no {missing[0]}"}
-        found.append({key: value for key, value in rollout_fields(out).items()
-                      if only is None or key in only} | {"with gradient": out.logp.requires_grad})
+        found.append(
+            {
+                key: value
+                for key, value in rollout_fields(out).items()
+                if only is None or key in only
+            }
+            | {"with gradient": out.logp.requires_grad}
+        )
     return {"rollouts": found}
 
 
 # Losses for train_step that need nothing of a submission. All rows share one denominator and one
 # square, so a loss of chunks is another number.
+
 
 def coupled(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp=None):
     n = mask.sum()
@@ -419,19 +455,24 @@ def spoilt(where):
         value, stats = coupled(logp, old_logp, mask, rewards, group_size, entropy=entropy)
         zero = logp[2, 0] - logp[2, 0].detach()
         other = entropy[3, 0] - entropy[3, 0].detach()
-        extra = {"infinite loss": torch.tensor(float("inf")), "loss of NaN": torch.tensor(float("nan")),
-                 "minus infinity": torch.tensor(float("-inf")),
-                 "NaN in the gradient": zero.sqrt() * 0, "NaN by the entropy": other.sqrt() * 0,
-                 "infinite gradient": zero * 1e30 * 1e30,
-                 "infinite norm": 1e30 * (logp * mask).sum()}[where]
+        extra = {
+            "infinite loss": torch.tensor(float("inf")), "loss of NaN": torch.tensor(float("nan")),
+            "minus infinity": torch.tensor(float("-inf")), "NaN in the gradient": zero.sqrt() * 0,
+            "NaN by the entropy": other.sqrt() * 0, "infinite gradient": zero * 1e30 * 1e30,
+            "infinite norm": 1e30 * (logp * mask).sum(),
+        }[where]
         return value + extra, stats
+
     return broken
 
 
-SPOILT = ("infinite loss", "loss of NaN", "minus infinity", "NaN in the gradient",
-          "NaN by the entropy", "infinite gradient", "infinite norm")
-LOSSES = {function.__name__: function for function in
-          (coupled, without_entropy, only_entropy, some_rows)} | {name: spoilt(name) for name in SPOILT}
+SPOILT = (
+    "infinite loss", "loss of NaN", "minus infinity", "NaN in the gradient", "NaN by the entropy",
+    "infinite gradient", "infinite norm",
+)
+LOSSES = {
+    function.__name__: function for function in (coupled, without_entropy, only_entropy, some_rows)
+} | {name: spoilt(name) for name in SPOILT}
 
 
 class Watcher(torch.optim.Optimizer):
@@ -457,8 +498,12 @@ def stepped(m, rollout, rewards, group_size, losses, options, lr=0.0, adam=False
     """train_step, once for each of the losses on one policy -> stats and gradient of each, and the
     weights in the end."""
     policy, _ = m.policy.tiny(width=32, layers=2, heads=2, kv_heads=1, inner=64, seed=0)
-    rollout = m.sample.Rollout(**{name: x.clone() if isinstance(x, torch.Tensor) else list(x)
-                                  for name, x in rollout.items()})
+    rollout = m.sample.Rollout(
+        **{
+            name: x.clone() if isinstance(x, torch.Tensor) else list(x)
+            for name, x in rollout.items()
+        }
+    )
     kind = (lambda p, lr: torch.optim.AdamW(p, lr=lr)) if adam else Watcher
     optimizer = kind(policy.parameters(), lr)
     options = {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in options.items()}
@@ -466,7 +511,9 @@ def stepped(m, rollout, rewards, group_size, losses, options, lr=0.0, adam=False
     for name in losses:
         before = torch.cat([w.detach().flatten().clone() for w in policy.parameters()])
         steps = len(getattr(optimizer, "noted", ()))
-        stats = m.train.train_step(policy, optimizer, rollout, rewards.clone(), LOSSES[name], group_size, **options)
+        stats = m.train.train_step(
+            policy, optimizer, rollout, rewards.clone(), LOSSES[name], group_size, **options
+        )
         after = torch.cat([w.detach().flatten() for w in policy.parameters()])
         one = {"stats": stats, "moved": not torch.equal(before, after)}
         if not adam:
@@ -481,6 +528,7 @@ def stepped(m, rollout, rewards, group_size, losses, options, lr=0.0, adam=False
 
 
 # ----------------------------------------------------------------------------------- the process
+
 
 def send(connection, message):
     raw = json.dumps(message).encode()
@@ -511,20 +559,22 @@ def serve(connection, user):
     confine(user)
     task = receive(connection)
     sources = {file: base64.b64decode(text) for file, text in task["sources"].items()}
-    bodies = {file: {name: base64.b64decode(body) for name, body in them.items()}
-              for file, them in task["bodies"].items()}
+    bodies = {
+        file: {name: base64.b64decode(body) for name, body in them.items()}
+        for file, them in task["bodies"].items()
+    }
     sys.meta_path.insert(0, Submission(sources, bodies, task["others"]))
     watch([sys.prefix, sys.base_prefix, *filter(os.path.isabs, sys.path)])
     while task is not None:
         try:
-            if "module" in task:                       # the first message: what to import
+            if "module" in task:  # the first message: what to import
                 module = importlib.import_module(task["module"])
                 answer = {"has": [name for name in task["functions"] if has(module, name)]}
             else:
                 asked = unpack(task["options"])
                 answer = drivers[task["driver"]](Modules(), **asked)
             answer = pack(answer)
-        except BaseException as error:                 # SystemExit at import, too
+        except BaseException as error:  # SystemExit at import, too
             answer = pack(told(error))
         send(connection, answer)
         task = receive(connection)
@@ -540,24 +590,30 @@ def has(module, name):
 def confine(user):
     """Limits of this process; what it prints goes nowhere."""
     import resource
-    for what, limit in ((resource.RLIMIT_DATA, MEMORY), (resource.RLIMIT_FSIZE, 1 << 20),
-                        (resource.RLIMIT_CORE, 0), (resource.RLIMIT_CPU, CPU_SECONDS)):
-        with contextlib.suppress(ValueError, OSError):     # not every system has each of them
+
+    for what, limit in (
+        (resource.RLIMIT_DATA, MEMORY), (resource.RLIMIT_FSIZE, 1 << 20), (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_CPU, CPU_SECONDS),
+    ):
+        with contextlib.suppress(ValueError, OSError):  # not every system has each of them
             resource.setrlimit(what, (limit, limit))
     nothing = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
         os.dup2(nothing, fd)
     if user is not None:
         import pwd
+
         known = pwd.getpwnam(user)
         os.setgroups([])
         os.setgid(known.pw_gid)
         os.setuid(known.pw_uid)
 
 
-REFUSED = ("os.", "shutil.", "subprocess.", "socket.", "ctypes.", "sqlite3.", "pty.", "urllib.",
-           "ftplib.", "smtplib.", "imaplib.", "poplib.", "telnetlib.", "webbrowser.", "syslog.",
-           "resource.", "sys.addaudithook", "signal.")
+REFUSED = (
+    "os.", "shutil.", "subprocess.", "socket.", "ctypes.", "sqlite3.", "pty.", "urllib.", "ftplib.",
+    "smtplib.", "imaplib.", "poplib.", "telnetlib.", "webbrowser.", "syslog.", "resource.",
+    "sys.addaudithook", "signal.",
+)
 HARMLESS = ("os.putenv", "os.unsetenv", "os.walk", "os.fwalk")
 
 
@@ -576,7 +632,8 @@ def watch(roots):
             mode = args[1] if event == "open" and len(args) > 1 else "r"
             flags = args[2] if event == "open" and len(args) > 2 else 0
             writes = any(c in (mode or "") for c in "wax+") or (
-                isinstance(flags, int) and mode is None and flags & (os.O_WRONLY | os.O_RDWR))
+                isinstance(flags, int) and mode is None and flags & (os.O_WRONLY | os.O_RDWR)
+            )
             if path == os.devnull or (not writes and (path + os.sep).startswith(roots)):
                 return
             raise PermissionError(f"a submission may not open {path}")
@@ -593,8 +650,9 @@ def import_all():
     import transformers
     from torch.distributed.checkpoint import state_dict  # noqa: F401
     from torch.nn.utils.rnn import pad_sequence  # noqa: F401
+
     for name in (*dict(KINDS.values()), "PreTrainedTokenizerFast", "GenerationConfig"):
-        getattr(transformers, name)                    # found when first asked for
+        getattr(transformers, name)  # found when first asked for
     for name in ("safetensors", "tqdm", "csv", "hashlib", "decimal", "shlex"):
         importlib.import_module(name)
     torch.set_num_threads(1)
@@ -607,7 +665,7 @@ def import_all():
 def main(fd, user):
     """Import all that is slow, then fork a worker for each connection that comes."""
     import_all()
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)      # nobody waits for the workers
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the workers
     orders = socket.socket(fileno=int(fd))
     while True:
         word, fds, *_ = socket.recv_fds(orders, 1, 1)
