@@ -291,59 +291,38 @@ def blanked_names(one):
     return (*one.functions, *one.helpers)
 
 
+README = """
+`python tests/blank.py OUT` writes a student's copy: the functions below have kept only their
+docstrings, and neither tests nor losses that are an answer by another name are in it. Its handout
+has goals, hours and hints, `self_check.py` worked numbers, and by `run.py` train.py runs before all
+is solved: what is missing is there compiled. Here, `python tests/grade.py OUT` is the card, 100
+points and each mistake in a sentence (a file of your own goes, too: `python tests/grade.py
+my_losses.py`), and `python tests/grade.py --all FOLDER --csv grades.csv --jobs 4` a class, a row
+each. Code of strangers goes into a container:
+
+    docker build -t course - < tests/course/Dockerfile
+    docker run --rm --network none --memory 16g --cpus 4 --pids-limit 512 \\
+        -v "$PWD":/root/repo:ro -v "$PWD/handed_in":/handed_in:ro -w /root/repo course \\
+        python tests/grade.py --all /handed_in --user nobody > grades.csv
+
+Graded code runs in a process that knows no right answer, and what comes back is judged outside. A
+forged grade needs code that is not Python, to read the reference's files unseen by Python's audit
+hooks; in the container `nobody` cannot read them either.
+"""
+
+
 def readme():
     """The README's section."""
-    lines = [
-        "## Exercises",
-        "",
-        (
-            "`python tests/blank.py OUT` writes a student's copy: the functions below have kept"
-            " only their docstrings, and neither tests nor"
-        ),
-        (
-            "losses that would be an answer are in it; `OUT/HANDOUT.md` has goals, hours and hints,"
-            " `python tests/self_check.py` worked numbers,"
-        ),
-        (
-            "and `python tests/run.py train.py --loss grpo` runs before all is solved: what is"
-            " missing is there compiled. Here,"
-        ),
-        (
-            "`python tests/grade.py OUT` is the card, 100 points, with each mistake in a sentence; "
-            "`python tests/grade.py my_losses.py` grades a file."
-        ),
-        (
-            "`python tests/grade.py --all FOLDER --csv grades.csv --jobs 4` is a class, a row each."
-            " For strangers' code, in a container:"
-        ),
-        "",
-        "    docker build -t course - < tests/course/Dockerfile",
-        (
-            "    docker run --rm --network none --memory 8g --cpus 2 --pids-limit 256 -v"
-            ' "$PWD":/root/repo:ro \\'
-        ),
-        (
-            '        -v "$PWD/handed_in":/handed_in:ro course python /root/repo/tests/grade.py'
-            " --all /handed_in --csv /dev/stdout --user nobody"
-        ),
-        "",
-        (
-            "A submission's code runs in a process that knows no right answer; the judge compares"
-            " what comes back. A forged grade needs native"
-        ),
-        (
-            "code that reads the reference's files, which Python's audit hook does not see; in the "
-            "container `nobody` may not read them either."
-        ),
-        "",
-    ]
+    lines = ["## Exercises", ""]
+    for part in README.strip("\n").split("\n\n"):
+        code = part.startswith("    ")
+        lines += [part if code else textwrap.fill(part, 128, break_on_hyphens=False), ""]
     for one in EXERCISES:
         names = ", ".join(f"`{name}`" for name in one.functions) or "a new function"
         worth = f" ({one.points})" if one.points else ""
-        lines.append(
-            f"{one.number}. **{one.title[0].upper()}{one.title[1:]}**{worth}: {names}. Look at "
-            f"{one.look}.\n   {one.question}"
-        )
+        title = one.title[0].upper() + one.title[1:]
+        lines.append(f"{one.number}. **{title}**{worth}: {names}. Look at {one.look}.")
+        lines.append(f"   {one.question}")
     return "\n".join(lines)
 
 

@@ -63,7 +63,11 @@ checks.REFERENCE = worker.Modules()
 
 
 class Hung(Exception):
-    pass
+    """No answer in time."""
+
+
+class NoWorker(RuntimeError):
+    """There is no process for graded code."""
 
 
 class Workshop:
@@ -98,7 +102,7 @@ class Workshop:
             (pid,) = struct.unpack(">Q", worker.read(self.orders, 8))
         except (OSError, TypeError):
             said = self.process.stderr.read().decode(errors="replace").strip().rpartition("\n")[2]
-            raise SystemExit(f"the process for graded code does not start: {said}")
+            raise NoWorker(f"the process for graded code does not start: {said}")
         return ours, pid
 
     def close(self):
@@ -420,10 +424,23 @@ def named(number, ask, answer, seconds=4):
     return f" This is what you get with: {', or: '.join(found)}." if found else ""
 
 
+class Clock:
+    """The time that the judge itself took, which is not the submission's."""
+
+    def __init__(self):
+        self.spent = 0.0
+
+    def __enter__(self):
+        self.began = time.monotonic()
+
+    def __exit__(self, *error):
+        self.spent += time.monotonic() - self.began
+
+
 Row = collections.namedtuple("Row", "check says")  # says: None, or why its points are lost
 
 
-def run_unit(workshop, task, asked, seconds, deadline, stop=False):
+def run_unit(workshop, task, asked, seconds, deadline, ours, stop=False):
     """Ask the questions of some checks of one worker -> [Row]; with stop, up to the first lost."""
     rows, current, hung, broken = [], None, 0, None
     limit = seconds / 4
@@ -434,7 +451,7 @@ def run_unit(workshop, task, asked, seconds, deadline, stop=False):
                 if ask.memory and current is not None:
                     current.close()  # a peak is that of a whole process
                     current = None
-                left = deadline - time.monotonic()
+                left = deadline + ours.spent - time.monotonic()
                 if left <= 0 or hung == 2:
                     says = broken = (
                         "not asked any more:"
@@ -456,17 +473,17 @@ def run_unit(workshop, task, asked, seconds, deadline, stop=False):
                         if lacking:
                             says = broken = f"{task['module']}.py defines no {sorted(lacking)[0]}"
                             break
-                    right_answer(ask)
+                    with ours:
+                        right_answer(ask)
                     before, doing = current.peak() if ask.memory else 0, ask.what or check.title
                     answer = current.ask(
                         {"driver": ask.driver, "options": packed(ask)},
-                        min(limit, max(0.01, deadline - time.monotonic())),
+                        min(limit, max(0.01, deadline + ours.spent - time.monotonic())),
                     )
-                    says = judge(ask, answer)
-                    if says and not stop:
-                        asked_at = time.monotonic()
-                        says += named(check.exercise, ask, answer)
-                        deadline += time.monotonic() - asked_at  # that was our time
+                    with ours:
+                        says = judge(ask, answer)
+                        if says and not stop:
+                            says += named(check.exercise, ask, answer)
                     if not says and ask.memory and current.peak() - before > ask.memory:
                         says = (
                             f"{ask.what} the process grew by {(current.peak() - before) >> 20} MB, "
@@ -520,7 +537,7 @@ def packed(ask):
 def grade(workshop, submission, one, seconds=60, stop=False):
     """One exercise of a submission -> its card; with stop, up to the first part that is lost."""
     began, mine = time.monotonic(), checks.checks_of(one.number)
-    deadline = began + seconds
+    deadline, ours = began + seconds, Clock()
     missing = {name: submission.missing(one, name) for name in one.functions}
     rows = []
     if one.together or len(one.functions) == 1:
@@ -540,7 +557,7 @@ def grade(workshop, submission, one, seconds=60, stop=False):
             rows += [Row(check, says) for check in asked]
         else:
             names = [name for name in functions if missing[name] is None]
-            rows += run_unit(workshop, submission.task(one, names), asked, seconds, deadline, stop)
+            rows += run_unit(workshop, submission.task(one, names), asked, seconds, deadline, ours, stop)
         if stop and rows and rows[-1].says:
             break
     lost = sum(row.check.points for row in rows if row.says)
@@ -587,18 +604,13 @@ def lines_of(one, card):
                 )
 
 
-def card_of(path, chosen, seconds, user, show=lambda line: None):
+def card_of(path, chosen, seconds, workshop, show=lambda line: None):
     """{number: card} of a submission."""
-    submission = Submission(path)
-    chosen = chosen or submission.exercises()
-    workshop, cards = Workshop(user), {}
-    try:
-        for one in chosen:
-            cards[one.number] = grade(workshop, submission, one, seconds)
-            for line in lines_of(one, cards[one.number]):
-                show(line)
-    finally:
-        workshop.close()
+    submission, cards = Submission(path), {}
+    for one in chosen or submission.exercises():
+        cards[one.number] = grade(workshop, submission, one, seconds)
+        for line in lines_of(one, cards[one.number]):
+            show(line)
     return cards
 
 
@@ -617,15 +629,20 @@ def grade_all(folder, chosen, args):
     if not paths:
         raise SystemExit(f"'{folder}' has no submissions: a folder or a .py file each.")
 
+    free = [Workshop(args.user) for _ in range(args.jobs)]
+
     def row_of(path):
-        began = time.monotonic()
+        began, workshop = time.monotonic(), free.pop()
         try:
-            cards, why = card_of(path, chosen, args.seconds, args.user), ""
-        except SystemExit as error:
+            cards, why = card_of(path, chosen, args.seconds, workshop), ""
+        except NoWorker:
+            raise
+        except (Exception, SystemExit) as error:       # one submission must not end a class
             cards, why = {
                 one.number: {"points": 0, "of": checks.points_of(one.number), "parts": []}
                 for one in chosen
             }, str(error)
+        free.append(workshop)
         said = [
             f"{number}: {part['says']}"
             for number, card in cards.items()
@@ -648,6 +665,8 @@ def grade_all(folder, chosen, args):
 
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
         found = list(pool.map(row_of, paths))
+    for workshop in free:
+        workshop.close()
     return [row for row, _ in found], {row["submission"]: cards for row, cards in found}
 
 
@@ -696,9 +715,10 @@ def main(argv=None):
         out.flush()
         lost = any(row["points"] < row["of"] for row in rows)
     else:
-        cards = card_of(
-            args.path, chosen, args.seconds, args.user, lambda line: print(line, flush=True)
-        )
+        workshop = Workshop(args.user)
+        show = functools.partial(print, flush=True)
+        cards = card_of(args.path, chosen, args.seconds, workshop, show)
+        workshop.close()
         print(f"{'together':58s}{total(cards):>4d}/{total(cards, 'of')}", flush=True)
         sheet, lost = cards, total(cards) < total(cards, "of")
     if args.json:
@@ -707,4 +727,10 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except (SystemExit, NoWorker) as error:
+        code = getattr(error, "code", str(error))
+        if isinstance(code, str):
+            print(f"error: {code}", file=sys.stderr)
+        sys.exit(2 if isinstance(code, str) else code)

@@ -151,7 +151,9 @@ def test_graded_code_reads_writes_and_starts_nothing(how, workshop, tmp_path):
     card = grade.grade(workshop, grade.Submission(path), exercise(3), 60, stop=True)
     task = grade.Submission(path).task(exercise(3), ["grpo"])
     asked = [check for check in checks.checks_of(3) if check.function == "grpo"]
-    row = grade.run_unit(workshop, task, asked, 60, time.monotonic() + 60, stop=True)[0]
+    row = grade.run_unit(
+        workshop, task, asked, 60, time.monotonic() + 60, grade.Clock(), stop=True
+    )[0]
     assert "PermissionError" in row.says and "it was let" not in row.says, row.says
     assert card["points"] < card["of"]
 

@@ -772,7 +772,7 @@ AGGREGATES = ("seq_mean", "token_mean", "seq_sum", "seq_const")
 
 def aggregate_calls():
     rows = []
-    for seed, (B, T) in enumerate(((2, 6), (8, 5), (3, 1), (16, 9))):
+    for seed, (B, T) in enumerate(((2, 6), (8, 5), (3, 1), (16, 9), (1, 1), (1, 4))):
         made = batch(30 + seed, 1, B, T)
         losses = made["logp"] * 3 + 1
         for agg in AGGREGATES:
@@ -830,6 +830,9 @@ def _():
     asks.append(
         loss_ask("reinforce", "answers of -45 nats", dict(beta=0.2), seed=60, G=4, T=15, depth=3.0)
     )
+    for T in (1, 5):
+        made = dict(seed=60 + T, G=1, groups=1, T=T, rewards="any")
+        asks.append(loss_ask("reinforce", f"one answer of {T} tokens", **made))
     return asks
 
 
@@ -877,6 +880,9 @@ def _():
             loss_ask("grpo", "other clips", options, seed=110, G=4, rewards="partial", ratio=6.0)
         )
     asks.append(loss_ask("grpo", "answers of -45 nats", seed=111, G=4, T=15, depth=3.0))
+    for T in (1, 5):
+        made = dict(seed=112 + T, G=2, groups=1, T=T, rewards="any")
+        asks.append(loss_ask("grpo", f"two answers of {T} tokens", **made))
     return asks
 
 
@@ -2079,6 +2085,9 @@ def smoothing_care(name, seed):
     return (
         rough_asks(name, options, seed, "partial")
         + rough_asks(name, options | dict(reduction="mean"), seed, "partial")[:2]
+        + [
+            loss_ask(name, "no advantage", dict(gamma_p=0.0), True, seed=seed, G=4, rewards=1.0)
+        ]
         + refusals(
             name,
             options,
