@@ -223,7 +223,7 @@ LOSSES = [
      CARE),
     ("positive log-probabilities are accepted", ("= x > 1e-4\n", "= x > 1e9\n"), CARE),
     ("a mask of 0.5 is accepted", ("mask != generated,", "mask < 0,"), CARE),
-    ("k above the group size is accepted", ("if not 1 <= k <= group_size:", "if k < 1:"), CARE),
+    ("k above the group size is accepted", ("if not 1 <= k <= group_size or k % 1:", "if k < 1:"), CARE),
     ("negative rewards pass maxrl", ("complaints = {\n", "min_reward = -math.inf\n    complaints = {\n"), CARE),
 ]
 
@@ -264,18 +264,18 @@ EVAL = [
      ("interval(x - values[first][name], picks)",
       "interval(x - values[first][name][np.random.permutation(size)], picks)"), "-k paired"),
     ("the last answers of a large group are not drawn",
-     ("range(0, n, answers_at_once):     #", "range(0, n - answers_at_once + 1, answers_at_once):  #"),
+     ("for drawn in range(0, n, most)]", "for drawn in range(0, n - most + 1, most)]"),
      "-k evaluate_ends"),
-    ("answers given to another problem", ("answers[row // G].append(fact)",
-                                          "answers[row % len(batch)].append(fact)"),
+    ("answers given to another problem", ("answers[row // G].append(answer)",
+                                          "answers[row % len(batch)].append(answer)"),
      "-k goes_to_its_problem"),
 ]
 
 REWARDS = [
     ("grouped from the right: 9-4-3 is 8",
-     ("        while tokens[-1] in ops:\n            node = join(tokens.pop(), node, part(depth))\n",
+     ("        while tokens[-1] in ops:\n            node = combine(tokens.pop(), node, part(depth))\n",
       "        if tokens[-1] in ops:\n"
-      "            return join(tokens.pop(), node, chain(ops, part, depth))\n"), "-k parse_by_hand"),
+      "            return combine(tokens.pop(), node, chain(ops, part, depth))\n"), "-k parse_by_hand"),
     ("* binds no more tightly than +", ('chain(("+", "-"), product, depth)',
                                         'chain(("+", "-", "*", "/"), atom, depth)'),
      "-k parse_by_hand"),
@@ -321,7 +321,7 @@ REWARDS = [
      "-k canonical_identifies"),
     ("a needed bracket is left out", ('WRAP_RIGHT = {"+": "", "-": "+-"',
                                       'WRAP_RIGHT = {"+": "", "-": ""'), "-k generated_examples"),
-    ("held-out problems are trained on", (" and self.is_held_out(problem) == held_out", ""),
+    ("held-out problems are trained on", (" and task.is_held_out(problem) == held_out", ""),
      "-k generated_examples"),
 ]
 
@@ -449,8 +449,9 @@ SAMPLE = [
 ]
 
 TRAIN = [
-    ("the gradient averaged over chunks", ("[1]] * world() for g in gradients]",
-                                           "[1]] * world() / len(chunks) for g in gradients]"),
+    ("the gradient averaged over chunks",
+     ("gradients = [own_rows(g, rollout) for g in gradients]",
+      "gradients = [own_rows(g, rollout) / len(chunks) for g in gradients]"),
      "-k whole_batch_is_named and 4"),
     ("the entropy's gradient dropped",
      ("torch.autograd.grad(loss, [logp, entropy], allow_unused=True)",
@@ -473,15 +474,15 @@ TRAIN = [
      ("    optimizer.zero_grad()\n    for i, chunk", "    for i, chunk"), "-k downhill"),
     ("no step", ("        optimizer.step()\n    return stats", "        pass\n    return stats"),
      "-k downhill"),
-    ("old_logp ignored", ("old_logp = logp if old_logp is None else gather(old_logp)",
+    ("old_logp ignored", ("old_logp = logp if old_logp is None else whole_batch(old_logp)",
                           "old_logp = logp"), "-k old_log_probabilities_are_used"),
-    ("the reference ignored", ("ref_logp = None if ref_logp is None else gather(ref_logp)",
+    ("the reference ignored", ("ref_logp = None if ref_logp is None else whole_batch(ref_logp)",
                                "ref_logp = None"), "-k reference_reaches"),
     ("a NaN reaches the weights",
      ('stats["bad"] = not (math.isfinite(norm) and math.isfinite(stats["loss"]))',
       'stats["bad"] = False'), "-k nan_never"),
-    ("the gradient is not clipped", ("(policy.parameters(), grad_clip)",
-                                     "(policy.parameters(), 1e9)"), "-k clipped_and"),
+    ("the gradient is not clipped", ("norm = clip_gradient(policy, grad_clip)",
+                                     "norm = clip_gradient(policy, 1e9)"), "-k clipped_and"),
     ("the stop token is not trained", ("torch.ones(len(line), dtype=torch.bool) for line",
                                        "torch.arange(len(line)) < len(line) - 1 for line"),
      "-k stop_token_is_trained"),
