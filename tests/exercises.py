@@ -176,8 +176,8 @@ EXERCISES = (
         "What does training optimise when sampling cuts to the top p and scoring does not?",
         (
             (
-                "Read all prompts once into a KVCache, `select` each of them G times, then feed one"
-                " token a row. The mask that Policy.forward takes grows by a column a token."
+                "Read all prompts once into a KVCache, copy it to the B rows (`cache_of_rows`), then"
+                " feed one token per row. The mask for Policy.forward grows by a column per token."
             ),
             (
                 "The first token comes from the prompt's last hidden state. Draw with the generator"

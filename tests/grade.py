@@ -43,6 +43,7 @@ import threading
 import time
 import tokenize
 import types
+import warnings
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
@@ -79,6 +80,7 @@ class Workshop:
         for file in ("worker.py", "bodies.py"):
             text = (REPO / "tests" / "course" / file).read_bytes()
             Path(self.folder.name, file).write_bytes(text)
+        self.ready = False
         self.orders, theirs = socket.socketpair()
         keep = {"PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TMPDIR", "SYSTEMROOT"}
         environment = {key: value for key, value in os.environ.items() if key in keep}
@@ -93,17 +95,30 @@ class Workshop:
         )
         theirs.close()
 
+    def wait(self):
+        """Until it has imported what is slow."""
+        if not self.ready:
+            self.number_sent()
+            self.ready = True
+
+    def number_sent(self):
+        try:
+            return struct.unpack(">Q", worker.read(self.orders, 8))[0]
+        except (OSError, TypeError):
+            said = self.process.stderr.read().decode(errors="replace").strip()
+            said = said.rpartition("\n")[2]
+            raise NoWorker(f"the process for graded code does not start: {said}")
+
     def fork(self):
         """A connection to a new worker, and the number of its process."""
+        self.wait()
         ours, theirs = socket.socketpair()
         try:
             socket.send_fds(self.orders, [b"w"], [theirs.fileno()])
-            theirs.close()
-            (pid,) = struct.unpack(">Q", worker.read(self.orders, 8))
-        except (OSError, TypeError):
-            said = self.process.stderr.read().decode(errors="replace").strip().rpartition("\n")[2]
-            raise NoWorker(f"the process for graded code does not start: {said}")
-        return ours, pid
+        except OSError:
+            pass                                       # told by what follows
+        theirs.close()
+        return ours, self.number_sent()
 
     def close(self):
         self.orders.close()
@@ -331,7 +346,7 @@ def right_answer(ask):
             prepare()  # imports by several threads would meet
             try:
                 found = worker.drivers[ask.driver](checks.REFERENCE, **ask.options)
-            except Exception as error:
+            except ValueError as error:
                 found = worker.told(error)
             RIGHT[id(ask)] = ask, worker.unpack(worker.pack(found))
         return RIGHT[id(ask)][1]
@@ -411,6 +426,7 @@ def named(number, ask, answer, seconds=4):
         return ""
     with LOCK:
         PACK[id(ask)], began, found = ask, time.monotonic(), []
+        warnings.simplefilter("ignore")                # a mistake may warn
         for index, (name, _) in enumerate(mistaken(number)):
             if len(found) == 2 or time.monotonic() - began > seconds:
                 break
@@ -536,6 +552,7 @@ def packed(ask):
 
 def grade(workshop, submission, one, seconds=60, stop=False):
     """One exercise of a submission -> its card; with stop, up to the first part that is lost."""
+    workshop.wait()
     began, mine = time.monotonic(), checks.checks_of(one.number)
     deadline, ours = began + seconds, Clock()
     missing = {name: submission.missing(one, name) for name in one.functions}

@@ -225,7 +225,7 @@ def seen(m, cases):
 @driver
 def cached(m, steps, weights, rows):
     """update(layer, k, v) for each of the steps: what it returned, read when all are done; the
-    gradient of a weighted sum of all that; the cache's own lists; and `select`."""
+    gradient of a weighted sum of all that; the cache's own lists; a copy of some rows."""
     steps = [(layer, *leaves(k, v)) for layer, k, v in steps]
     cache, out = m.policy.KVCache(), []
     for layer, k, v in steps:
@@ -233,12 +233,12 @@ def cached(m, steps, weights, rows):
     keys = [k for k, _ in out]
     values = [v for _, v in out]
     total = sum((x * w).sum() for pair, two in zip(out, weights) for x, w in zip(pair, two))
-    chosen = cache.select(rows)
+    chosen = m.policy.cache_of_rows(cache, rows)
     return {
         "keys": keys, "values": values, "gradient in k": slopes(total, [k for _, k, _ in steps]),
         "gradient in v": slopes(total, [v for *_, v in steps]), "cache.keys": list(cache.keys),
-        "cache.values": list(cache.values), "keys of select": list(chosen.keys),
-        "values of select": list(chosen.values),
+        "cache.values": list(cache.values), "keys of some rows": list(chosen.keys),
+        "values of some rows": list(chosen.values),
     }
 
 
@@ -311,9 +311,7 @@ def forward(m, kind, tokens, mask, pieces, weight, rows=None):
             some = None if mask is None else seen_so_far[[rows.tolist().index(r) for r in first]]
             own = tokens[[rows.tolist().index(r) for r in first], :S]
             out = policy(own, some, cache)[rows]
-            length = cache.length
-            cache = cache.select(rows)
-            cache.length = length
+            cache = m.policy.cache_of_rows(cache, rows)
         else:
             out = policy(tokens[:, S - T : S], seen_so_far, cache)
         parts.append(out)
@@ -667,6 +665,7 @@ def main(fd, user):
     import_all()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the workers
     orders = socket.socket(fileno=int(fd))
+    orders.sendall(struct.pack(">Q", os.getpid()))  # ready
     while True:
         word, fds, *_ = socket.recv_fds(orders, 1, 1)
         if not word:

@@ -42,13 +42,6 @@ class KVCache:
             self.values[layer] = torch.cat((self.values[layer], v), -2)
         return self.keys[layer], self.values[layer]
 
-    def select(self, rows):
-        chosen = KVCache()
-        chosen.length = self.length
-        chosen.keys = [k[rows] for k in self.keys]
-        chosen.values = [v[rows] for v in self.values]
-        return chosen
-
 
 class Attention(nn.Module):
     def __init__(self, config):

@@ -1,7 +1,7 @@
 """A right solution of exercise 6, unlike the reference: a plain loop, Gumbel noise, no sharing."""
 import torch
 
-from policy import KVCache
+from policy import KVCache, cache_of_rows
 from sample import Rollout, encode, texts_of
 
 
@@ -15,7 +15,7 @@ def sample(policy, tokenizer, prompts, group_size, max_new_tokens, temperature=1
     cache = KVCache()
     hidden = policy(prompt, prompt_mask, cache)[:, -1]
     rows = torch.arange(len(prompts), device=device).repeat_interleave(group_size)
-    cache, hidden, mask = cache.select(rows), hidden[rows], prompt_mask[rows]
+    cache, hidden, mask = cache_of_rows(cache, rows), hidden[rows], prompt_mask[rows]
     going = torch.ones(len(rows), dtype=torch.bool, device=device)
     stops = torch.tensor(policy.stop_ids, dtype=torch.int64, device=device)
     tokens, logps, masks = [], [], []
