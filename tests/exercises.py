@@ -176,7 +176,7 @@ EXERCISES = (
         "What does training optimise when sampling cuts to the top p and scoring does not?",
         (
             (
-                "Read all prompts once into a KVCache, copy it to the B rows (`cache_of_rows`), then"
+                "Read all prompts once into a KVCache, copy it to B rows (`cache_of_rows`), then"
                 " feed one token per row. The mask for Policy.forward grows by a column per token."
             ),
             (

@@ -574,7 +574,8 @@ def grade(workshop, submission, one, seconds=60, stop=False):
             rows += [Row(check, says) for check in asked]
         else:
             names = [name for name in functions if missing[name] is None]
-            rows += run_unit(workshop, submission.task(one, names), asked, seconds, deadline, ours, stop)
+            task = submission.task(one, names)
+            rows += run_unit(workshop, task, asked, seconds, deadline, ours, stop)
         if stop and rows and rows[-1].says:
             break
     lost = sum(row.check.points for row in rows if row.says)
