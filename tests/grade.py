@@ -411,9 +411,9 @@ def mistaken_answer(number, index, key):
     ask = PACK[key]
     try:
         found = worker.drivers[ask.driver](mistaken(number)[index][1], **ask.options)
-    except Exception as error:
-        found = worker.told(error)
-    return worker.unpack(worker.pack(found))
+        return worker.unpack(worker.pack(found))
+    except Exception as error:                         # a tree too deep to be told, too
+        return worker.told(error)
 
 
 def named(number, ask, answer, seconds=4):
