@@ -128,6 +128,10 @@ def run(args, typed):
             if step % args.show_every == 0 or step == done + 1:
                 tqdm.write(f"    {task.prompt(problems[0])!r} -> {rollout.texts[0]!r}  "
                            f"reward {rewards[0]:.0f}")
+            if step == 1 and line["solved"] == 0:
+                tqdm.write("no answer of the first batch is correct; where none ever is, RL has "
+                           "nothing to learn from. Take easier problems or a stronger model; "
+                           "--warm-steps 200 first teaches one to answer Countdown.")
         # One bad batch is bad luck, and is skipped; several in a row will not mend themselves.
         bad = bad + 1 if stats["bad"] else 0
         if bad == BAD_STEPS:
@@ -246,15 +250,16 @@ def train_step(policy, optimizer, rollout, rewards, loss_fn, group_size, *, temp
     return stats
 
 
-def warm_start(policy, tokenizer, task, steps, prompts=128, lr=1e-2, seed=0, say=print):
+def warm_start(policy, tokenizer, task, steps, optimizer, prompts=128, seed=0, say=print):
     """Learn to answer at all, in place: cross-entropy on answers that are right by construction.
 
     A step has `prompts` problems with two answers each, so that a prompt is read once for two. A
     problem comes with one answer, and shares those of earlier ones with its numbers and target.
+    The rate rises to the optimizer's own in 20 steps, and falls to 0.
     """
     rng, began, G = random.Random(seed), time.time(), 2
     known = {}                                         # numbers and target -> answers, as they come
-    optimizer = Muon(policy, lr)
+    lr = optimizer.param_groups[0]["lr"]
     rewards = torch.ones(prompts * G, device=policy.device)
     for step in tqdm(range(1, steps + 1), desc="warm start", disable=not sys.stderr.isatty()):
         fresh = []                                     # as many as there are rows, for variety
@@ -262,7 +267,8 @@ def warm_start(policy, tokenizer, task, steps, prompts=128, lr=1e-2, seed=0, say
             problem, answer = task.example(rng)
             alike = known.setdefault((*sorted(problem.numbers), problem.target), [])
             alike.append(answer)
-            fresh.append((task.prompt(problem), alike))
+            prompt = chat(tokenizer, task.system, task.prompt(problem), task.style)
+            fresh.append((prompt, alike))
         # Early on a problem has one known answer, given twice; later they differ.
         texts, answers = [], []
         for text, alike in fresh[:prompts]:
@@ -549,8 +555,9 @@ def from_first(value):
 # -------------------------------------------------------------------------- what a run starts from
 
 def start_policy(args, device, dtype):
-    """--model, or the warm-started tiny policy -> (policy, tokenizer, where it lies)."""
-    if args.model:
+    """--model as it is, or what --warm-steps made of it or of the tiny policy
+    -> (policy, tokenizer, where it lies)."""
+    if not args.warm_steps:
         policy, tokenizer = policy_module.load(args.model, device, dtype, args.stop)
         if rank() == 0:
             print(policy_module.says_when_it_stops(policy, tokenizer), flush=True)
@@ -558,36 +565,45 @@ def start_policy(args, device, dtype):
     base = Path(args.out) / args.base
     if not (base / "model").is_dir():
         make_base(base, args, device)
-    policy, tokenizer = policy_module.load(base / "model", device, dtype)
+    policy, tokenizer = policy_module.load(base / "model", device, dtype, args.stop)
     fill_task_flags(args, tokenizer)
     made = read_flags(base / "flags.json")
     # An older base may lack characters; its answers would then be read as unknown tokens.
-    if tokenizer.unk_token_id in tokenizer(policy_module.CHARACTERS).input_ids:
+    if not args.model and tokenizer.unk_token_id in tokenizer(policy_module.CHARACTERS).input_ids:
         raise ValueError(f"'{base}' was made with another tokenizer, which lacks some of "
                          f"'{policy_module.CHARACTERS}': name another base with --base.")
     # It has learned one task, and is a base for no other.
-    for key in ("counts", "high", "targets", "prompt"):
-        if made[key] != getattr(args, key):
-            raise ValueError(f"'{base}' was warm-started with {key} {made[key]}, not "
+    for key in ("model", "counts", "high", "targets", "prompt"):
+        if made.get(key) != getattr(args, key):        # older bases name no model: the tiny one
+            raise ValueError(f"'{base}' was warm-started with {key} {made.get(key)}, not "
                              f"{getattr(args, key)}: name another base with --base.")
     return policy, tokenizer, base / "model"
 
 
 def make_base(base, args, device):
-    """Warm-start a tiny policy and save it as the folder `base`, whole or not at all."""
+    """Warm-start --model, or a tiny policy, and save it as the folder `base`, whole or not at
+    all."""
     if world() > 1:
         raise ValueError(f"'{base}' is not there yet: make it once in a single process, without "
                          "torchrun.")
     # flags.json and the model are written at the end: a killed warm start leaves no half a base.
-    policy, tokenizer = policy_module.tiny(seed=args.seed)
+    if args.model:
+        policy, tokenizer = policy_module.load(args.model, device, stop=args.stop)
+        prompts, optimizer = 16, make_optimizer(policy, args.warm_lr)
+    else:
+        policy, tokenizer = policy_module.tiny(seed=args.seed)
+        prompts, optimizer = 128, Muon(policy.to(device), args.warm_lr)
     fill_task_flags(args, tokenizer)
     task = make_task(args)
-    task.problem(random.Random(0))                     # an impossible task is told before writing
+    # An impossible task is told before anything is written; so is one that teaches wrong answers.
+    if not task.reward(*task.example(random.Random(0))):
+        raise ValueError(f"--warm-steps imitates bare expressions, which are no answers to "
+                         f"--prompt {args.prompt}: choose bare or ask, or --warm-steps 0.")
     base.mkdir(parents=True, exist_ok=True)
     lock = lock_file(base / "lock")                    # until this returns: one process makes it
-    warm_start(policy.to(device), tokenizer, task, args.warm_steps, seed=args.seed, say=tqdm.write)
-    flags = {key: getattr(args, key) for key in SETTING}
-    write_json(base / "flags.json", flags | {"warm_steps": args.warm_steps, "seed": args.seed})
+    warm_start(policy, tokenizer, task, args.warm_steps, optimizer, prompts, args.seed, tqdm.write)
+    flags = {key: getattr(args, key) for key in (*SETTING, "model", "warm_steps", "warm_lr", "seed")}
+    write_json(base / "flags.json", flags)
     policy_module.save(policy, tokenizer, base / "model")
 
 
@@ -872,8 +888,11 @@ def parse(argv):
     flag = parser.add_argument_group("what is optimised").add_argument
     flag("--loss", default="diffsmooth", help="one of: " + ", ".join(variants()))
     flag("--model", help="the base: a folder or hub name; without it, a tiny policy, made once")
-    flag("--base", default="base", help="the tiny policy's folder in --out; one a task")
-    flag("--warm-steps", type=int, default=500, help="steps of cross-entropy that make it")
+    flag("--base", default="base", help="the warm-started policy's folder in --out; one a task")
+    flag("--warm-steps", type=int,
+         help="steps of cross-entropy that make it; 500, with --model 0: that starts as it is")
+    flag("--warm-lr", type=float,
+         help="their largest learning rate; 1e-2 (Muon), with --model 2e-4 (AdamW)")
     flag("--stop", nargs="+", default=[], help="with --model: further tokens that end an answer")
     # The loss's own options: --help shows groups in the order in which they are made.
     own = parser.add_argument_group()                  # filled in below
@@ -930,6 +949,10 @@ def parse(argv):
         raise ValueError(f"'{unknown[0]}' is not a flag, nor an option of loss {known.loss}, which "
                          f"has: {has}.")
     args.name = args.name or args.loss
+    if args.warm_steps is None:
+        args.warm_steps = 0 if args.model else 500
+    if args.warm_lr is None:
+        args.warm_lr = 2e-4 if args.model else 1e-2
     check(args)
     return args
 
@@ -940,11 +963,12 @@ def check(args):
         if not ok:
             raise ValueError(message)
 
-    for name in ("prompts", "steps", "updates", "save_every", "show_every", "warm_steps",
+    for name in ("prompts", "steps", "updates", "save_every", "show_every",
                  "eval_samples", "rows"):
         need(getattr(args, name) >= 1, f"--{name.replace('_', '-')} must be at least 1.")
-    for name in ("dynamic_sampling", "warmup", "micro_batch", "eval_problems"):
+    for name in ("dynamic_sampling", "warmup", "micro_batch", "warm_steps", "eval_problems"):
         need(getattr(args, name) >= 0, f"--{name.replace('_', '-')} must not be negative.")
+    need(args.model or args.warm_steps, "--warm-steps must be at least 1 without --model.")
     need(args.group_size >= 2, "--group-size must be at least 2: with one answer a group there is "
          "nothing to compare it with.")
     need(0 < args.temperature < math.inf,
@@ -953,9 +977,12 @@ def check(args):
     need(args.model or args.task == "countdown" and args.prompt in (None, "bare"),
          "the tiny policy knows digits and operators only: --task math and --prompt other than "
          "bare need --model.")
+    need(args.task == "countdown" or not args.warm_steps,
+         "--warm-steps imitates answers that are right by construction; --task math has none.")
     need(0 < args.lr < math.inf and args.grad_clip > 0, "--lr and --grad-clip must be above 0.")
+    need(0 < args.warm_lr < math.inf, "--warm-lr must be above 0.")
     need(0 <= args.seed < 2 ** 63, "--seed must be from 0 to 2**63 - 1.")
-    need(args.name != "base" and (args.name != args.base or args.model),
+    need(args.name != "base" and (args.name != args.base or not args.warm_steps),
          "--name and --base must differ, and no run is called base: it is kept apart.")
     need(args.task == "math" or args.eval_data is None, "--eval-data belongs to --task math.")
     need(args.prompts % args.updates == 0,
