@@ -602,8 +602,8 @@ def make_base(base, args, device):
     base.mkdir(parents=True, exist_ok=True)
     lock = lock_file(base / "lock")                    # until this returns: one process makes it
     warm_start(policy, tokenizer, task, args.warm_steps, optimizer, prompts, args.seed, tqdm.write)
-    flags = {key: getattr(args, key) for key in (*SETTING, "model", "warm_steps", "warm_lr", "seed")}
-    write_json(base / "flags.json", flags)
+    taught = (*SETTING, "model", "warm_steps", "warm_lr", "seed")
+    write_json(base / "flags.json", {key: getattr(args, key) for key in taught})
     policy_module.save(policy, tokenizer, base / "model")
 
 
