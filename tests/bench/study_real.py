@@ -27,7 +27,7 @@ from study import commit, read, save
 
 SHARED = ("--prompt bare --warm-steps 160 --warm-lr 3e-4 --prompts 16 --group-size 8 --steps 24 "
           "--warmup 3 --eval-problems 0 --save-every 8 --device cpu")
-RATES = ("2e-5", "1e-5", "5e-5")                       # the first is the one to compare at
+RATES = ("2e-5", "5e-5", "1e-5")                       # the first is the one to compare at
 LOSSES = ("grpo", "diffsmooth --gamma_p 0.2", "maxrl", "passk --k 4", "entropy --entropy_coef 0.03")
 STRONGER = "diffsmooth --gamma_p 0.4"
 SEEDS = (4, 5, 6)                                      # fresh: seed 0 is for choosing
