@@ -1,0 +1,66 @@
+"""The study of the real model: which runs there are, and what its page says of any part of them.
+
+Bugs killed here: a setting chosen before all were tried or on test problems, a gain over the wrong
+run or of unpaired problems, a page that hides what is missing.
+"""
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "bench"))
+import study_real
+
+
+def line(correct, samples=32, temperatures=("0.7",)):
+    """A run with so many correct answers to each problem."""
+    means = {"distinct": 1.5, "sigma": 0.5, "parsed": 1.0, "tokens": 8.0}
+    return {"samples": samples, "c": {t: [correct] * study_real.PROBLEMS for t in temperatures},
+            "means": {t: means for t in temperatures}, "cpu seconds": 120}
+
+
+def test_the_plan_starts_with_the_comparison_and_every_run_is_in_it_once():
+    names = study_real.plan({})
+    assert names[:3] == ["base, seed 0", "grpo --lr 2e-5, seed 0",
+                         "diffsmooth --gamma_p 0.2 --lr 2e-5, seed 0"]
+    assert len(names) == len(set(names))
+    assert not any(name.endswith(", seed 0") for name in names[names.index("base, seed 4"):])
+
+
+def test_the_rate_with_the_highest_score_is_kept_once_all_are_tried():
+    results = {"grpo --lr 2e-5, seed 0": line(4), "grpo --lr 5e-5, seed 0": line(9)}
+    assert study_real.best(results, "grpo") is None
+    assert "maxrl --lr 2e-5, seed 4" in study_real.plan(results)           # until then the first
+    results["grpo --lr 1e-5, seed 0"] = line(6)
+    assert study_real.best(results, "grpo") == "5e-5"
+    assert "grpo --lr 5e-5, seed 4" in study_real.plan(results)
+
+
+def test_pass_at_k_and_the_score_by_hand():
+    curve = study_real.passes(line(16), "0.7")
+    assert curve.shape == (256, 6) and curve[0, 0] == 50 and curve[0, 5] == 100
+    assert curve[0, 1] == pytest.approx(100 * (1 - 16 * 15 / (32 * 31)))
+    assert study_real.score(curve) == pytest.approx((50 + curve[0, 1:].mean()) / 2)
+
+
+def test_the_page_is_true_of_any_part_of_the_runs(capsys):
+    study_real.print_page({})
+    names = study_real.plan({})
+    said = capsys.readouterr().out
+    assert f"{len(names)} of {len(names)} runs are not made yet" in said and "## seed 0" not in said
+
+    results = {"base, seed 0": line(8), "grpo --lr 2e-5, seed 0": line(16),
+               "diffsmooth --gamma_p 0.2 --lr 2e-5, seed 0": line(12),
+               "maxrl --lr 5e-5, seed 0": line(12)}
+    study_real.print_page(results)
+    said = capsys.readouterr().out
+    assert f"{len(names) - 4} of {len(names)} runs are not made yet" in said
+    assert "| `grpo --lr 2e-5, seed 0` | 50.0 |" in said and "## fresh seeds" not in said
+    assert "- `grpo --lr 2e-5, seed 0` minus `base, seed 0`: +25.0 [+25.0, +25.0] at 1" in said
+    assert ("- `diffsmooth --gamma_p 0.2 --lr 2e-5, seed 0` minus `grpo --lr 2e-5, seed 0`: "
+            "-12.5 [-12.5, -12.5] at 1") in said
+    assert "maxrl --lr 5e-5, seed 0` minus `grpo" not in said              # it has no such rate yet
+
+    results |= {"base, seed 4": line(8, 64, ("0.7", "1.0"))}
+    study_real.print_page(results)
+    assert "## fresh seeds: 256 test problems x 64 answers, T 1.0" in capsys.readouterr().out
