@@ -321,8 +321,7 @@ def readme():
         names = ", ".join(f"`{name}`" for name in one.functions) or "a new function"
         worth = f" ({one.points})" if one.points else ""
         title = one.title[0].upper() + one.title[1:]
-        lines.append(f"{one.number}. **{title}**{worth}: {names}. Look at {one.look}.")
-        lines.append(f"   {one.question}")
+        lines.append(f"{one.number}. **{title}**{worth}: {names}.")
     return "\n".join(lines)
 
 
