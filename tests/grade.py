@@ -17,8 +17,9 @@ and start nothing, as far as Python's audit hooks see; code that is not Python c
 read the reference's source and answer from that. --user NAME, for those who grade as root (in a
 container), leaves that to the system: NAME must not be able to read this folder.
 
-A question that is not answered in a quarter of --seconds counts as lost, two of them end the
-exercise, and an exercise ends after --seconds in any case.
+A question that is not answered in a quarter of --seconds counts as lost, two of them end a part,
+and an exercise ends after --seconds in any case: seconds of the graded process, whether it computes
+or sleeps, not those in which a busy machine lets it wait.
 """
 
 import argparse
@@ -65,6 +66,10 @@ checks.REFERENCE = worker.Modules()
 
 class Hung(Exception):
     """No answer in time."""
+
+
+class Sentence(Exception):
+    """Why a question got no answer."""
 
 
 class NoWorker(RuntimeError):
@@ -116,7 +121,7 @@ class Workshop:
         try:
             socket.send_fds(self.orders, [b"w"], [theirs.fileno()])
         except OSError:
-            pass                                       # told by what follows
+            pass  # told by what follows
         theirs.close()
         return ours, self.number_sent()
 
@@ -135,37 +140,52 @@ class Worker:
         self.connection, self.pid = workshop.fork()
         self.task = task
 
-    def load(self, seconds):
-        return self.ask(self.task, seconds)
-
     def ask(self, message, seconds):
-        """The answer; Hung after so many seconds, EOFError where the process is gone."""
-        self.connection.settimeout(max(0.01, seconds))
-        deadline = time.monotonic() + seconds
+        """The answer; Hung after so many seconds of its own, EOFError where the process is gone.
+        `used` tells how many it took."""
+        self.used, cpu, before = 0.0, self.cpu(), time.monotonic()
         try:
             worker.send(self.connection, message)
-            head = self.read(8, deadline)
-            (size,) = struct.unpack(">Q", head)
-            if size > 1 << 30:
-                raise EOFError
-            return worker.unpack(json.loads(self.read(size, deadline)))
-        except TimeoutError:
-            raise Hung
-        except (
-            OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, RecursionError,
-        ):
+            raw, size = b"", 8  # eight bytes say how many follow
+            while len(raw) < size:
+                self.connection.settimeout(0.2)
+                try:
+                    part = self.connection.recv(min(size - len(raw), 1 << 20))
+                    if not part:
+                        raise EOFError
+                    raw += part
+                except TimeoutError:
+                    pass
+                now, later = time.monotonic(), self.cpu()
+                self.used += self.own_time(cpu, later, now - before)
+                cpu, before = later, now
+                if self.used > seconds and len(raw) < size:
+                    raise Hung
+                if size == 8 and len(raw) == 8:
+                    size = 8 + struct.unpack(">Q", raw)[0]
+                    if size > 1 << 30:
+                        raise EOFError
+            return worker.unpack(json.loads(raw[8:]))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError):
             raise EOFError  # gone, or it sent what is no answer
 
-    def read(self, size, deadline):
-        parts = []
-        while size:
-            self.connection.settimeout(max(0.01, deadline - time.monotonic()))
-            part = self.connection.recv(min(size, 1 << 20))
-            if not part:
-                raise EOFError
-            parts.append(part)
-            size -= len(part)
-        return b"".join(parts)
+    def cpu(self):
+        """Seconds of processor time so far and whether it waits for nothing but a processor, as the
+        system tells; None where it does not."""
+        try:
+            text = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            return None
+        return (int(text[11]) + int(text[12])) / os.sysconf("SC_CLK_TCK"), text[0] == "R"
+
+    @staticmethod
+    def own_time(before, after, wall):
+        """What of `wall` seconds is the process's own doing: computing, or sleeping. Waiting for a
+        busy machine is not."""
+        if before is None or after is None:
+            return wall
+        computed = after[0] - before[0]
+        return computed if computed > 0 or after[1] else wall
 
     def peak(self):
         """The most memory it has held so far, in bytes, as the system counts it; 0 if unknown."""
@@ -412,7 +432,7 @@ def mistaken_answer(number, index, key):
     try:
         found = worker.drivers[ask.driver](mistaken(number)[index][1], **ask.options)
         return worker.unpack(worker.pack(found))
-    except Exception as error:                         # a tree too deep to be told, too
+    except Exception as error:  # a tree too deep to be told, too
         return worker.told(error)
 
 
@@ -426,7 +446,7 @@ def named(number, ask, answer, seconds=4):
         return ""
     with LOCK:
         PACK[id(ask)], began, found = ask, time.monotonic(), []
-        warnings.simplefilter("ignore")                # a mistake may warn
+        warnings.simplefilter("ignore")  # a mistake may warn
         for index, (name, _) in enumerate(mistaken(number)):
             if len(found) == 2 or time.monotonic() - began > seconds:
                 break
@@ -440,101 +460,104 @@ def named(number, ask, answer, seconds=4):
     return f" This is what you get with: {', or: '.join(found)}." if found else ""
 
 
-class Clock:
-    """The time that the judge itself took, which is not the submission's."""
-
-    def __init__(self):
-        self.spent = 0.0
-
-    def __enter__(self):
-        self.began = time.monotonic()
-
-    def __exit__(self, *error):
-        self.spent += time.monotonic() - self.began
-
-
 Row = collections.namedtuple("Row", "check says")  # says: None, or why its points are lost
 
 
-def run_unit(workshop, task, asked, seconds, deadline, ours, stop=False):
-    """Ask the questions of some checks of one worker -> [Row]; with stop, up to the first lost."""
-    rows, current, hung, broken = [], None, 0, None
-    limit = seconds / 4
-    try:
-        for check in asked:
-            says = broken
-            for ask in check.asks() if says is None else ():
-                if ask.memory and current is not None:
-                    current.close()  # a peak is that of a whole process
-                    current = None
-                left = deadline + ours.spent - time.monotonic()
-                if left <= 0 or hung == 2:
-                    says = broken = (
-                        "not asked any more:"
-                        f" {'two questions hung' if hung == 2 else f'{seconds} s were up'}"
-                    )
+class Examination:
+    """A part of a submission, asked the questions of some checks by way of a worker. A worker that
+    hung or ended is replaced; one that cannot be loaded ends it all."""
+
+    def __init__(self, workshop, task, seconds, left, stop=False):
+        self.workshop, self.task, self.stop = workshop, task, stop
+        self.limit, self.seconds, self.left = seconds / 4, seconds, left
+        self.worker, self.hung, self.broken = None, 0, None
+
+    def ask(self, message, seconds):
+        seconds = min(seconds, self.left)
+        try:
+            return self.worker.ask(message, seconds)
+        except Hung:
+            self.hung += 1
+            self.drop()
+            raise Sentence(f"was not finished after {seconds:.0f} s: does a loop never end?")
+        except EOFError:
+            self.drop()
+            raise Sentence(
+                "the process ended in the midst of it (an exit, a crash, no memory left)"
+            )
+        finally:
+            if self.worker is not None:
+                self.left -= self.worker.used
+
+    def drop(self):
+        if self.worker is not None:
+            self.left -= self.worker.used
+            self.worker.close()
+            self.worker = None
+
+    def load(self):
+        """A worker, if there is none, with the submission imported."""
+        if self.worker is not None:
+            return
+        file, self.worker = f"{self.task['module']}.py", Worker(self.workshop, self.task)
+        try:
+            loaded = self.ask(self.task, self.limit)
+        except Sentence as error:
+            self.broken = f"{file}: its import {error}".replace("import the", "import: the")
+            raise Sentence(self.broken)
+        has = loaded.get("has", ()) if isinstance(loaded, dict) else ()
+        lacking = sorted(set(self.task["functions"]) - {x for x in has if isinstance(x, str)})
+        if checks.is_error(loaded):
+            self.broken = f"{file} cannot be imported: {loaded['says']}"
+        elif lacking:
+            self.broken = f"{file} defines no {lacking[0]}"
+        if self.broken:
+            raise Sentence(self.broken)
+
+    def answer_to(self, check, ask):
+        """None, or what is wrong, of one question."""
+        if self.broken:
+            return self.broken
+        if self.left <= 0 or self.hung == 2:
+            why = "two questions hung" if self.hung == 2 else f"{self.seconds} s were up"
+            return f"not asked any more: {why}"
+        if ask.memory:  # a peak is that of a whole process
+            self.drop()
+        try:
+            self.load()
+        except Sentence as error:
+            return str(error)
+        message = {"driver": ask.driver, "options": packed(ask)}
+        before = self.worker.peak() if ask.memory else 0
+        try:
+            answer = self.ask(message, (2 if ask.memory else 1) * self.limit)
+        except Sentence as error:
+            return f"{(ask.what or check.title).rstrip(':')}: {error}"
+        says = judge(ask, answer)
+        if says:
+            return says if self.stop else says + named(check.exercise, ask, answer)
+        grown = self.worker.peak() - before if ask.memory else 0
+        if ask.memory and grown > ask.memory:
+            return (
+                f"{ask.what} the process grew by {grown >> 20} MB, where {ask.memory >> 20} MB "
+                "are enough"
+            )
+        return None
+
+    def rows(self, asked):
+        """[Row] of these checks; with stop, up to the first that is lost."""
+        found = []
+        try:
+            for check in asked:
+                says = next(
+                    filter(None, (self.answer_to(check, ask) for ask in check.asks())), None
+                )
+                found.append(Row(check, says))
+                if self.stop and says:
                     break
-                try:
-                    doing = f"the import of {task['module']}.py"
-                    if current is None:
-                        current = Worker(workshop, task)
-                        loaded = current.load(min(limit, left))
-                        if checks.is_error(loaded):
-                            says = broken = (
-                                f"{task['module']}.py cannot be imported: {loaded['says']}"
-                            )
-                            break
-                        has = loaded.get("has", ()) if isinstance(loaded, dict) else ()
-                        lacking = set(task["functions"]) - {x for x in has if isinstance(x, str)}
-                        if lacking:
-                            says = broken = f"{task['module']}.py defines no {sorted(lacking)[0]}"
-                            break
-                    with ours:
-                        right_answer(ask)
-                    before, doing = current.peak() if ask.memory else 0, ask.what or check.title
-                    answer = current.ask(
-                        {"driver": ask.driver, "options": packed(ask)},
-                        min(limit, max(0.01, deadline + ours.spent - time.monotonic())),
-                    )
-                    with ours:
-                        says = judge(ask, answer)
-                        if says and not stop:
-                            says += named(check.exercise, ask, answer)
-                    if not says and ask.memory and current.peak() - before > ask.memory:
-                        says = (
-                            f"{ask.what} the process grew by {(current.peak() - before) >> 20} MB, "
-                            f"where {ask.memory >> 20} MB are enough"
-                        )
-                except Hung:
-                    says = (
-                        f"{doing} was not finished after {min(limit, left):.0f} s: does a loop"
-                        " never end?"
-                    )
-                    hung += 1
-                    if doing.startswith("the import"):
-                        broken = says
-                except EOFError:
-                    says = (
-                        f"{doing}: the process ended in the midst of it (an exit, a crash, or out"
-                        " of memory)"
-                    )
-                    hung += doing.startswith("the import")
-                if (
-                    says
-                    and current is not None
-                    and ("the process ended" in says or "not finished" in says)
-                ):
-                    current.close()
-                    current = None
-                if says:
-                    break
-            rows.append(Row(check, says))
-            if stop and says:
-                break
-    finally:
-        if current is not None:
-            current.close()
-    return rows
+        finally:
+            self.drop()
+        return found
 
 
 PACK = {}  # id of a question -> the question
@@ -553,8 +576,7 @@ def packed(ask):
 def grade(workshop, submission, one, seconds=60, stop=False):
     """One exercise of a submission -> its card; with stop, up to the first part that is lost."""
     workshop.wait()
-    began, mine = time.monotonic(), checks.checks_of(one.number)
-    deadline, ours = began + seconds, Clock()
+    began, left, mine = time.monotonic(), seconds, checks.checks_of(one.number)
     missing = {name: submission.missing(one, name) for name in one.functions}
     rows = []
     if one.together or len(one.functions) == 1:
@@ -575,7 +597,9 @@ def grade(workshop, submission, one, seconds=60, stop=False):
         else:
             names = [name for name in functions if missing[name] is None]
             task = submission.task(one, names)
-            rows += run_unit(workshop, task, asked, seconds, deadline, ours, stop)
+            examined = Examination(workshop, task, seconds, left, stop)
+            rows += examined.rows(asked)
+            left = examined.left
         if stop and rows and rows[-1].says:
             break
     lost = sum(row.check.points for row in rows if row.says)
@@ -583,6 +607,7 @@ def grade(workshop, submission, one, seconds=60, stop=False):
         "points": checks.points_of(one.number) - lost,
         "of": checks.points_of(one.number),
         "seconds": round(time.monotonic() - began, 1),
+        "spent": round(seconds - left, 1),
         "parts": [
             {
                 "function": row.check.function, "part": row.check.part, "what": row.check.title,
@@ -655,7 +680,7 @@ def grade_all(folder, chosen, args):
             cards, why = card_of(path, chosen, args.seconds, workshop), ""
         except NoWorker:
             raise
-        except (Exception, SystemExit) as error:       # one submission must not end a class
+        except (Exception, SystemExit) as error:  # one submission must not end a class
             cards, why = {
                 one.number: {"points": 0, "of": checks.points_of(one.number), "parts": []}
                 for one in chosen

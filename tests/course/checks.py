@@ -1271,18 +1271,18 @@ def _():
 
 @check(5, "", "care", 3, "the logits never take more memory than MEMORY allows")
 def _():
-    """The logits have 656 MB; up to 256 MB of them may be kept, and these are more. What the
+    """The logits have 328 MB; up to 256 MB of them may be kept, and these are more. What the
     process grows by is measured from outside, with all that an honest piece needs beside it."""
-    size = dict(N=8192, D=4, V=20011, temperature=0.8)
+    size = dict(N=8192, D=4, V=10007, temperature=0.8)
     return [
         Ask(
             "large_logprobs", dict(with_gradient=False, **size),
-            "logits of 656 MB, without gradient:", lambda a, b: same(a, b, (1e-4, 1e-4)),
-            memory=600 << 20,
+            "logits of 328 MB, without gradient:", lambda a, b: same(a, b, (1e-4, 1e-4)),
+            memory=400 << 20,
         ),
         Ask(
-            "large_logprobs", dict(with_gradient=True, **size), "logits of 656 MB, with gradient:",
-            lambda a, b: same(a, b, (2e-3, 1e-3)), memory=600 << 20,
+            "large_logprobs", dict(with_gradient=True, **size), "logits of 328 MB, with gradient:",
+            lambda a, b: same(a, b, (2e-3, 1e-3)), memory=400 << 20,
         ),
     ]
 
