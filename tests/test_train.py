@@ -272,7 +272,8 @@ def base(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs")
     task = Countdown(counts=(2,), high=4, targets=(1, 8))
     policy, tokenizer = policy_module.tiny(width=64, layers=2, heads=2, kv_heads=1, inner=128)
-    train.warm_start(policy, tokenizer, task, 40, train.Muon(policy, 1e-2), prompts=16, say=lambda line: None)
+    train.warm_start(policy, tokenizer, task, 40, train.Muon(policy, 1e-2), prompts=16,
+                     say=lambda line: None)
     policy_module.save(policy, tokenizer, out / "base" / "model")
     flags = {"task": "countdown", "prompt": "bare", "counts": [2], "high": 4, "targets": [1, 8], "max_new_tokens": 8}
     (out / "base" / "flags.json").write_text(json.dumps(flags))
@@ -544,58 +545,81 @@ def model_with(path, chat_template=None):
     return path
 
 
+def marked(run):
+    """The fingerprint of the base that a run began with."""
+    return json.loads((run / "flags.json").read_text())["files"]["the base"]
+
+
 def test_a_cold_start_of_a_model_is_made_once_kept_and_better(tmp_path, capsys):
-    """--warm-steps with --model: what the run starts from is the model after so many steps; the second run finds it."""
+    """--warm-steps with --model: a run starts from the model after so many steps, and the next run
+    finds it."""
     model = model_with(tmp_path / "given")
-    flags = ["--model", model, "--prompt", "bare", "--warm-steps", 60, "--warm-lr", 1e-2, "--steps", 1, "--loss", "grpo"]
+    flags = ["--model", model, "--prompt", "bare", "--warm-steps", 60, "--warm-lr", 1e-2,
+             "--steps", 1, "--loss", "grpo"]
     assert go(tmp_path, *flags, "--name", "first") == 0
-    told = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("warm start")]
+    told = capsys.readouterr().out.splitlines()
+    told = [line.split() for line in told if line.startswith("warm start")]
     assert [line[2] for line in told] == ["1/60", "25/60", "50/60", "60/60"]
     assert float(told[-1][4]) < 0.6 * float(told[0][4]), "the cross-entropy must fall"
     made = json.loads((tmp_path / "base" / "flags.json").read_text())
-    assert (made["model"], made["warm_steps"], made["warm_lr"], made["counts"]) == (str(model), 60, 1e-2, [2])
+    assert (made["model"], made["warm_steps"], made["warm_lr"]) == (str(model), 60, 1e-2)
+    assert made["counts"] == [2]
     mark = train.evaluation.fingerprint(tmp_path / "base" / "model")
     assert mark != train.evaluation.fingerprint(model)
-    assert json.loads((tmp_path / "first" / "flags.json").read_text())["files"]["the base"] == mark
+    assert marked(tmp_path / "first") == mark
 
     assert go(tmp_path, *flags, "--name", "second") == 0
-    assert "warm start" not in capsys.readouterr().out and rows(tmp_path, "first")[0]["reward"] == rows(tmp_path, "second")[0]["reward"]
+    assert "warm start" not in capsys.readouterr().out
+    assert rows(tmp_path, "first")[0]["reward"] == rows(tmp_path, "second")[0]["reward"]
     assert go(tmp_path, *flags, "--name", "second", "--steps", 2, "--resume") == 0
     # Another model's base is none of this one's, nor is the tiny policy's.
-    assert go(tmp_path, *flags, "--name", "third", "--model", model_with(tmp_path / "other")) == 2
+    other = model_with(tmp_path / "other")
+    assert go(tmp_path, *flags, "--name", "third", "--model", other) == 2
     assert "was warm-started with model" in capsys.readouterr().err
     assert go(tmp_path, "--name", "third", "--loss", "grpo", "--steps", 1) == 2
     assert f"was warm-started with model {model}, not None" in capsys.readouterr().err
 
 
-def test_without_warm_steps_a_model_starts_as_it_is_and_a_hopeless_one_is_told_of(tmp_path, capsys):
+def test_without_warm_steps_a_model_starts_as_it_is_and_a_hopeless_one_is_told_of(
+        tmp_path, capsys):
     model = model_with(tmp_path / "given")
     flags = ["--model", model, "--prompt", "bare", "--steps", 2, "--loss", "grpo", "--lr", 1e-9]
     assert go(tmp_path, *flags) == 0
     told = capsys.readouterr().out
     assert not (tmp_path / "base").exists() and rows(tmp_path, "grpo")[0]["solved"] == "0"
     assert told.count("no answer of the first batch is correct") == 1 and "--warm-steps 200" in told
-    assert json.loads((tmp_path / "grpo" / "flags.json").read_text())["files"]["the base"] == train.evaluation.fingerprint(model)
+    assert marked(tmp_path / "grpo") == train.evaluation.fingerprint(model)
 
 
 def test_a_base_that_solves_something_is_not_called_hopeless(base, capsys):
     assert go(base, "--loss", "grpo", "--steps", 1, "--name", "hopeful") == 0
-    assert float(rows(base, "hopeful")[0]["solved"]) > 0 and "no answer of the first batch" not in capsys.readouterr().out
+    assert float(rows(base, "hopeful")[0]["solved"]) > 0
+    assert "no answer of the first batch" not in capsys.readouterr().out
 
 
 def test_the_cold_start_asks_as_the_run_will(tmp_path, monkeypatch):
-    """A chat model is taught behind its template, word for word what `collect` asks; by AdamW, from the rate asked for."""
+    """A chat model is taught behind its template, word for word what `collect` asks; by AdamW, at
+    the rate asked for, which rises for 20 steps and falls to 0: half of it is left in the second
+    of two."""
     template = "{% for m in messages %}({{ m['role'] }}){{ m['content'] }}{% endfor %}(assistant)"
     asked, rates, make = [], [], train.demonstrations
-    monkeypatch.setattr(train, "demonstrations", lambda *given: asked.extend(given[1]) or make(*given))
-    monkeypatch.setattr(train, "set_rate", lambda optimizer, lr: rates.append((type(optimizer), lr)) or lr)
-    monkeypatch.setattr(train, "run", lambda args, typed: train.start_policy(args, "cpu", torch.float32) and 0)
+
+    def demonstrations(tokenizer, prompts, *rest):
+        asked.extend(prompts)
+        return make(tokenizer, prompts, *rest)
+    monkeypatch.setattr(train, "demonstrations", demonstrations)
+    monkeypatch.setattr(train, "set_rate", lambda *given: rates.append(given))
     model = model_with(tmp_path / "given", template)
-    assert go(tmp_path, "--model", model, "--prompt", "ask", "--warm-steps", 2, "--warm-lr", 3e-4) == 0
-    task, problems = Countdown(counts=(2,), high=4, targets=(1, 8), style="ask"), random.Random(0)
-    first = sampling.chat(policy_module.load(model)[1], task.system, task.prompt(task.example(problems)[0]), "ask")
-    assert asked[:2] == [first] * 2 and first.startswith("(system)You are") and first.endswith("(assistant)")
-    assert len(asked) == 2 * 32 and rates == [(torch.optim.AdamW, pytest.approx(3e-4 / 20)), (torch.optim.AdamW, pytest.approx(3e-4 / 20))]
+    flags = ["--out", str(tmp_path), "--model", str(model), "--prompt", "ask", "--warm-steps", "2",
+             "--warm-lr", "3e-4"]
+    train.start_policy(train.parse([*TOY.split(), *flags]), "cpu", torch.float32)
+    task = Countdown(counts=(2,), high=4, targets=(1, 8), style="ask")
+    prompt = task.prompt(task.example(random.Random(0))[0])
+    first = sampling.chat(policy_module.load(model)[1], task.system, prompt, "ask")
+    assert first.startswith("(system)You are") and first.endswith("(assistant)")
+    assert asked[:2] == [first] * 2 and len(asked) == 2 * 32
+    assert all(isinstance(optimizer, torch.optim.AdamW) for optimizer, _ in rates)
+    assert [lr for _, lr in rates] == pytest.approx([3e-4 / 20, 2 * 3e-4 / 20 / 2])
 
 
 @pytest.mark.parametrize("flags, sentence", [
@@ -604,8 +628,8 @@ def test_the_cold_start_asks_as_the_run_will(tmp_path, monkeypatch):
     (["--prompt", "bare", "--warm-steps", "1", "--warm-lr", "0"], "--warm-lr must be above 0"),
     (["--prompt", "bare", "--warm-steps", "-1"], "--warm-steps must not be negative")])
 def test_a_cold_start_without_an_answer_to_imitate_is_refused(tmp_path, capsys, flags, sentence):
-    toy = [] if "math" in flags else TOY.split()
-    assert train.main([*toy, "--out", str(tmp_path / "runs"), "--model", str(model_with(tmp_path / "given")), *flags]) == 2
+    toy, model = [] if "math" in flags else TOY.split(), str(model_with(tmp_path / "given"))
+    assert train.main([*toy, "--out", str(tmp_path / "runs"), "--model", model, *flags]) == 2
     assert sentence in capsys.readouterr().err and not (tmp_path / "runs").exists()
 
 
