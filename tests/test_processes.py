@@ -207,7 +207,12 @@ def test_a_table_is_shared_out_and_stays_the_same(done):
     for name in ("base", "run"):
         assert two[name]["records"] == one[name]["records"] and len(one[name]["records"]) == 5
     one, two = (json.loads((done / f"eval{n}.json").read_text())["records"] for n in (1, 2))
-    assert one == two and one["0.7"]["run"] != one["0.7"]["model"]
+    assert one["0.7"]["run"] != one["0.7"]["model"]
+    # Batches of 5, of 3 and 2: the same answers, whose log-probabilities may round otherwise.
+    for records in (*one["0.7"].values(), *two["0.7"].values()):
+        for record in records:
+            record["nats"] = round(record["nats"], 4)
+    assert one == two
     for said in ("trained", "eval2"):
         assert "Pass@2" in (done / f"{said}.0").read_text()
         assert (done / f"{said}.1").read_text() == ""
