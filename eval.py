@@ -560,8 +560,9 @@ def in_first(action):
 
 
 def problems_at_once(problems, n, rows):
-    """How many problems are asked in one batch: no more answers than `rows`, and work for all."""
-    return max(1, min(rows // n, -(-problems // world())))
+    """How many problems are asked in one batch: no more answers than `rows`, and an eighth of the
+    problems, so that eight processes have work, and the batches are the same for any number."""
+    return max(1, min(rows // n, -(-problems // 8)))
 
 
 def share_out(batches, measure, pass_over):

@@ -705,6 +705,8 @@ def save(policy, tokenizer, path, weights=None, file_size="5GB"):
     config.architectures, config.dtype = [FAMILIES[config.model_type]], torch.float32
     config.save_pretrained(aside)
     GenerationConfig(eos_token_id=stops, pad_token_id=pad).save_pretrained(aside)
+    if hasattr(tokenizer, "backend_tokenizer"):        # its file would keep the last call's padding
+        tokenizer.backend_tokenizer.no_padding()
     tokenizer.save_pretrained(aside)
     # transformers 5 has new names for what version 4, and servers built on it, look for under the
     # old ones. A config without the old ones would be read as theta 10000, without a word.

@@ -616,6 +616,9 @@ def start_policy(args, device, dtype):
     policy, tokenizer = policy_module.load(base / "model", device, dtype, args.stop)
     fill_task_flags(args, tokenizer)
     made = {"model": None} | read_flags(base / "flags.json")
+    # An older base may lack characters; its answers would then be read as unknown tokens.
+    if not args.model and tokenizer.unk_token_id in tokenizer(policy_module.CHARACTERS).input_ids:
+        raise UserError(f"'{base}' was made with another tokenizer: name another with --base.")
     for key in ("model", "counts", "high", "targets", "prompt"):   # it knows one task
         if made[key] != getattr(args, key):
             raise UserError(f"'{base}' was warm-started with {key} {made[key]}, not "
@@ -901,7 +904,8 @@ def option(loss, default, text):
         return float(value)
     if default is None or type(value) is kind or {kind, type(value)} <= {int, float}:
         return int(value) if kind is int and value % 1 == 0 else value
-    raise argparse.ArgumentTypeError(f"losses.{loss} takes a {kind.__name__}, not '{text}'")
+    wanted = {bool: "True or False", tuple: "a tuple such as (1,2)"}.get(kind, "a number")
+    raise argparse.ArgumentTypeError(f"losses.{loss} takes {wanted}, not '{text}'")
 
 
 def number(least, text):
@@ -983,8 +987,8 @@ def parse(argv):
     loss_group.title = f"options of --loss {known.loss}, explained in losses.{known.loss}"
     for name, default in options.items():
         if type(default) not in (bool, int, float, str, tuple, type(None)):
-            raise UserError(f"losses.{known.loss}: no flag can stand for the default of {name}, "
-                            f"a {type(default).__name__}.")
+            raise UserError(f"losses.{known.loss}: {name} needs a default that a flag can stand "
+                            "for: a number, a text, True or False, a tuple, or None.")
         spelled = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
         budget = name == "max_len"                     # dr_grpo's: known once the task is
         loss_group.add_argument(*spelled, dest=name, default=None if budget else default,

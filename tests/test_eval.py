@@ -318,12 +318,13 @@ def test_processes_wait_for_days(monkeypatch):
     assert joined["timeout"].days >= 1
 
 
-@pytest.mark.parametrize("processes, problems, n, rows, right", [
-    (1, 5, 4, 1000, 5), (1, 5, 4, 8, 2), (1, 5, 4, 1, 1),
-    (2, 5, 4, 1000, 3), (2, 5, 4, 8, 2), (4, 4, 4, 1000, 1), (8, 4, 4, 1000, 1)])
-def test_there_is_work_for_every_process(monkeypatch, processes, problems, n, rows, right):
-    monkeypatch.setattr(evaluation, "world", lambda: processes)
-    assert evaluation.problems_at_once(problems, n, rows) == right
+@pytest.mark.parametrize("problems, n, rows, right", [
+    (5, 4, 1000, 1), (17, 4, 1000, 3), (17, 4, 8, 2), (17, 4, 1, 1), (512, 64, 1024, 16)])
+def test_there_is_work_for_every_process(monkeypatch, problems, n, rows, right):
+    """And as much in a batch whatever the number of processes: the records are then the same."""
+    for processes in (1, 2, 8):
+        monkeypatch.setattr(evaluation, "world", lambda: processes)
+        assert evaluation.problems_at_once(problems, n, rows) == right
 
 
 def test_threads_spin_a_shorter_while_but_not_where_the_user_has_chosen():

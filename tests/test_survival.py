@@ -516,7 +516,7 @@ BAD = {  # command line -> what the one sentence must say
     "train --loss grpo --eval-problems 99999": "held-out problems found",
     "train --loss passk --k 99": "k = 99 must be between 1 and the group size 8",
     "train --loss passk --k 2.5": "k = 2.5 must be",
-    "train --loss passk --k two": "losses.passk takes a int, not 'two'",
+    "train --loss passk --k two": "losses.passk takes a number, not 'two'",
     "train --loss grpo --agg median": "unknown agg",
     "train --loss diffsmooth --reduction max": "unknown reduction",
     "train --loss diffsmooth --gamma_p nan": "the options of --loss diffsmooth make its value nan",
@@ -536,6 +536,7 @@ BAD = {  # command line -> what the one sentence must say
     "train --loss grpo --model {out}/mixed": "its tokenizer has 23 tokens, but its config",
     "train --loss grpo --base flagless": "flags.json is missing or damaged",
     "train --loss grpo --base scrambled": "flags.json is missing or damaged",
+    "train --loss grpo --base foreign": "was made with another tokenizer",
     "train --loss grpo --base taskless": "flags.json is missing or damaged (KeyError: 'high')",
     "train --loss grpo --base notes": "is not empty and holds no base",
     "train --loss grpo --name base": "--name and --base must differ",
@@ -613,8 +614,11 @@ def crime(base):
     shutil.rmtree(base / "unfinished" / "model")
     for file in (base / "cut" / "checkpoints").iterdir():
         file.write_bytes(file.read_bytes()[:1000])
-    for name in ("flagless", "scrambled", "taskless"):
+    for name in ("flagless", "scrambled", "taskless", "foreign"):
         shutil.copytree(base / "base", base / name)
+    other = {"width": 8, "layers": 1, "heads": 1, "kv_heads": 1, "inner": 8}
+    policy_module.save(*policy_module.tiny(**other, characters="0123456789abcdefghi"),
+                       base / "foreign" / "model")
     (base / "flagless" / "flags.json").unlink()
     (base / "scrambled" / "flags.json").write_text("[1, 2]")
     flags = json.loads((base / "base" / "flags.json").read_text())
