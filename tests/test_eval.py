@@ -479,7 +479,7 @@ def test_an_answer_goes_to_its_problem(monkeypatch):
     monkeypatch.setattr(evaluation, "sample", echo)
     monkeypatch.setattr(evaluation, "record", lambda task, problem, answers: heard.append(
         (problem, answers)))
-    for rows, batches in ((2, [2] * 6), (6, [4] * 3), (100, [12])):
+    for rows, batches in ((2, [2] * 6), (6, [4] * 3), (100, [4] * 3)):
         heard.clear(), at_once.clear()
         evaluation.evaluate(None, SimpleNamespace(chat_template=None), task, problems, 4, 9,
                             rows=rows)
@@ -491,8 +491,7 @@ def test_an_answer_goes_to_its_problem(monkeypatch):
 
 
 def test_processes_share_the_batches_out_and_draw_what_one_draws(monkeypatch):
-    """Three batches of two problems, two and one, for two processes; test_processes.py has real
-    ones."""
+    """Five problems, a batch each, for two processes; test_processes.py has real ones."""
     policy, tokenizer = policy_module.tiny(width=32, layers=1, heads=2, kv_heads=1, inner=32)
     task, parts = Countdown(counts=(2,)), []
     problems = task.held_out_problems(5)
@@ -511,7 +510,7 @@ def test_processes_share_the_batches_out_and_draw_what_one_draws(monkeypatch):
     for process in (0, 1):
         monkeypatch.setattr(evaluation, "rank", lambda: process)
         measured()
-    claim([sorted(part) for part in parts] == [[0, 2], [1]],
+    claim([sorted(part) for part in parts] == [[0, 2, 4], [1, 3]],
           f"batches were dealt out as {[sorted(part) for part in parts]}")
     whole = parts[0] | parts[1]
     claim([one for number in sorted(whole) for one in whole[number]] == alone,
