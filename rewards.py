@@ -360,6 +360,7 @@ def math_reward(text, answer):
 def last_boxed(text):
     """The inside of the last balanced \\boxed{...}, or None: "so \\boxed{\\frac{1}{2}}." gives
     "\\frac{1}{2}". A box cut off by the end of the text is passed over; a too long one is None."""
+    text = text.replace("\\boxed {", "\\boxed{")
     start = len(text)
     while (start := text.rfind("\\boxed{", 0, start)) >= 0:
         inside = text[start + 7:start + 8 + MAX_ANSWER]

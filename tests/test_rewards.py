@@ -907,6 +907,8 @@ TEXTS = [
     ("open brace of cases", "\\boxed{\\left\\{x\\\\y\\right.}", "\\left\\{x\\\\y\\right.", 1),
     ("box in a box", "\\boxed{\\boxed{5}}", "5", 1),
     ("dollars around", "$\\boxed{5}$", "5", 1),
+    ("a blank before the brace", "$\\boxed {12}$", "12", 1),
+    ("a blank before another's brace", "\\boxed{12} or \\boxed {13}", "12", 0),
     ("text after", "\\boxed{5}" + " and so on" * 1000, "5", 1),
     ("long text before", "We see. " * 10_000 + "\\boxed{5}", "5", 1),
     ("no box", "5", "5", 0), ("empty", "", "5", 0), ("empty box", "\\boxed{}", "5", 0),
