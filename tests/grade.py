@@ -143,22 +143,24 @@ class Worker:
     def ask(self, message, seconds):
         """The answer; Hung after so many seconds of its own, EOFError where the process is gone.
         `used` tells how many it took."""
-        self.used, cpu, before = 0.0, self.cpu(), time.monotonic()
+        self.used, cpu = 0.0, self.cpu()
         try:
+            self.connection.settimeout(300)            # to read it takes a busy machine's time
             worker.send(self.connection, message)
             raw, size = b"", 8  # eight bytes say how many follow
             while len(raw) < size:
                 self.connection.settimeout(0.2)
+                silent = False
                 try:
                     part = self.connection.recv(min(size - len(raw), 1 << 20))
                     if not part:
                         raise EOFError
                     raw += part
                 except TimeoutError:
-                    pass
-                now, later = time.monotonic(), self.cpu()
-                self.used += self.own_time(cpu, later, now - before)
-                cpu, before = later, now
+                    silent = True
+                later = self.cpu()
+                self.used += self.own_time(cpu, later, 0.2 if silent else 0.0)
+                cpu = later
                 if self.used > seconds and len(raw) < size:
                     raise Hung
                 if size == 8 and len(raw) == 8:
@@ -170,22 +172,22 @@ class Worker:
             raise EOFError  # gone, or it sent what is no answer
 
     def cpu(self):
-        """Seconds of processor time so far and whether it waits for nothing but a processor, as the
-        system tells; None where it does not."""
+        """Seconds of processor time so far, and whether it sleeps (rather than waits for a
+        processor or a disk), as the system tells; None where it does not."""
         try:
             text = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
         except OSError:
             return None
-        return (int(text[11]) + int(text[12])) / os.sysconf("SC_CLK_TCK"), text[0] == "R"
+        return (int(text[11]) + int(text[12])) / os.sysconf("SC_CLK_TCK"), text[0] == "S"
 
     @staticmethod
-    def own_time(before, after, wall):
-        """What of `wall` seconds is the process's own doing: computing, or sleeping. Waiting for a
-        busy machine is not."""
+    def own_time(before, after, silence):
+        """What the process did in a time that ended with so many seconds of silence: it computed,
+        or it slept. Waiting for a busy machine is neither."""
         if before is None or after is None:
-            return wall
+            return silence
         computed = after[0] - before[0]
-        return computed if computed > 0 or after[1] else wall
+        return silence if after[1] and not computed else computed
 
     def peak(self):
         """The most memory it has held so far, in bytes, as the system counts it; 0 if unknown."""

@@ -240,9 +240,10 @@ def test_a_hanging_submission_costs_its_seconds(workshop, tmp_path):
 def test_waiting_for_a_busy_machine_is_not_hanging():
     """A loop computes, a sleeper sleeps; who could run, but is not let, does neither."""
     own_time = grade.Worker.own_time
-    assert own_time((1.0, True), (1.2, True), 5.0) == pytest.approx(0.2)
-    assert own_time((1.0, True), (1.0, True), 5.0) == 0
-    assert own_time((1.0, False), (1.0, False), 5.0) == own_time(None, None, 5.0) == 5.0
+    assert own_time((1.0, False), (1.2, False), 0.2) == pytest.approx(0.2)
+    assert own_time((1.0, False), (1.0, False), 0.2) == 0, "it waits for a processor"
+    assert own_time((1.0, True), (1.0, True), 0.2) == own_time(None, None, 0.2) == 0.2
+    assert own_time((1.0, True), (1.0, True), 0.0) == 0, "it says something"
 
 
 def test_the_first_number_that_differs_is_told():

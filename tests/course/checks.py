@@ -1310,6 +1310,7 @@ def _():
         ask(made, "arguments after the call, and a second backward:", twice=True),
         ask(shaped, "hidden (3, 4, D) and targets (3, 4):"),
         ask(none, "no token at all:"),
+        ask(made | dict(weight=made["weight"].float()), "float64 states, a float32 head:"),
         ask(made, "a frozen head:", frozen="weight"),
         ask(made, "frozen hidden states:", frozen="hidden"),
         ask(f32, "in float32:", f32_near),
