@@ -474,12 +474,12 @@ def test_an_answer_goes_to_its_problem(monkeypatch):
         mask = torch.ones(len(texts), 3, dtype=torch.bool)
         return SimpleNamespace(texts=texts, mask=mask, logp=-mask.float(), finished=mask[:, 0])
 
-    task = Countdown(counts=(2,))
-    problems, heard, at_once = task.held_out_problems(3), [], []
+    task = Countdown()
+    problems, heard, at_once = task.held_out_problems(17), [], []
     monkeypatch.setattr(evaluation, "sample", echo)
     monkeypatch.setattr(evaluation, "record", lambda task, problem, answers: heard.append(
         (problem, answers)))
-    for rows, batches in ((2, [2] * 6), (6, [4] * 3), (100, [4] * 3)):
+    for rows, batches in ((2, [2] * 34), (6, [4] * 17), (100, [12] * 5 + [8])):
         heard.clear(), at_once.clear()
         evaluation.evaluate(None, SimpleNamespace(chat_template=None), task, problems, 4, 9,
                             rows=rows)
