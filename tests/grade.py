@@ -368,7 +368,7 @@ def right_answer(ask):
             prepare()  # imports by several threads would meet
             try:
                 found = worker.drivers[ask.driver](checks.REFERENCE, **ask.options)
-            except ValueError as error:
+            except (ValueError, TypeError) as error:
                 found = worker.told(error)
             RIGHT[id(ask)] = ask, worker.unpack(worker.pack(found))
         return RIGHT[id(ask)][1]

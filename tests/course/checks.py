@@ -679,6 +679,8 @@ def rough_asks(name, options, seed, rewards="01"):
         key: torch.nn.functional.pad(wide[key], (0, 5), value=value) for key, value in pad.items()
     }
     asks.append(loss_ask(name, "with five more columns of padding", options, True, arguments=wide))
+    misspelt = options | dict(clip_hihg=0.3)
+    asks.append(loss_ask(name, "an option that it lacks", misspelt, seed=seed, G=4))
     return asks
 
 
