@@ -7,6 +7,7 @@ numbers of the sampler's tests, which have no one right answer, state how often 
 """
 
 import builtins
+import collections
 import functools
 import itertools
 import math
@@ -1442,7 +1443,7 @@ def hint(got, mask, exact, temperature, model):
 def _():
     asks = []
     for kind in ("llama", "qwen2", "qwen3", "window", "biases"):
-        for T in (0.7, 1.0, 1.5):
+        for T in (0.7, 1.0, 1.5) if kind == "llama" else (0.7,):
             model = dict(kind=kind, seed=3)
             asks.append(
                 sample_ask(
@@ -1483,36 +1484,38 @@ def unlikely(n, p, k):
 
 
 def judge_frequencies(chances, temperature):
-    """Each token, each pair of ranks from the rarest up, and each from the likeliest down."""
+    """How often the rarest tokens come, two, three and more of them together; the mean
+    log-probability; and each token by itself."""
     raw = {token: p ** (1 / temperature) for token, p in chances.items()}
     p = {token: value / sum(raw.values()) for token, value in raw.items()}
 
     def judged(answer, right):
-        tokens = torch.cat([got["response"][got["mask"].bool()] for got in answer]).tolist()
+        tokens = torch.cat([got["response"][got["mask"].bool()] for got in answer])
+        counts = collections.Counter(tokens.tolist())
         n, order = len(tokens), sorted(p, key=p.get)
-        if set(tokens) - set(p):
-            return f"token {min(set(tokens) - set(p))} was drawn, whose probability is below 1e-20"
+        if counts.keys() - p.keys():
+            token = min(counts.keys() - p.keys())
+            return f"token {token} was drawn, whose probability is below 1e-20"
         for size in range(1, len(order)):
-            rare = set(order[:size])
-            k, mass = sum(t in rare for t in tokens), sum(p[t] for t in rare)
+            k, mass = sum(counts[t] for t in order[:size]), sum(p[t] for t in order[:size])
             if unlikely(n, mass, k):
                 return (
                     f"of {n} draws {k} were one of the {size} rarest tokens, where {n * mass:.1f}"
                     " are expected (a right sampler is this far off once in"
                     f" {1 / FALSE_ALARM:.0e}): a sharpened or truncated softmax?"
                 )
-        logs = torch.tensor([math.log(p[t]) for t in tokens], dtype=F64)
+        seen = sum(k * math.log(p[t]) for t, k in counts.items()) / n
         mean = sum(p[t] * math.log(p[t]) for t in order)
         variance = sum(p[t] * (math.log(p[t]) - mean) ** 2 for t in order)
-        z = float((logs.mean() - mean) / (variance / n) ** 0.5)
+        z = (seen - mean) / (variance / n) ** 0.5
         if abs(z) > 5.5:  # by the normal law once in 2.6e7
             return (
-                f"the mean log-probability of {n} draws is {logs.mean():.4f}, where {mean:.4f} is"
+                f"the mean log-probability of {n} draws is {seen:.4f}, where {mean:.4f} is"
                 f" expected ({z:+.1f} standard deviations): a"
                 f" {'sharpened' if z > 0 else 'flattened'} softmax?"
             )
         for token in order:
-            k = tokens.count(token)
+            k = counts[token]
             if unlikely(n, p[token], k):
                 return f"of {n} draws {k} were token {token}, where {n * p[token]:.1f} are expected"
         return None

@@ -381,12 +381,11 @@ def speaker(m, kind="llama", seed=0, chances=None, stop_ids=(1, 4, 9, 14)):
     return policy, tokenizer
 
 
-def rollout_fields(rollout):
-    return {name: value for name, value in vars(rollout).items()}
+FIELDS = ("tokens", "prompt_mask", "response", "mask", "logp", "texts", "finished")
 
 
 @driver
-def sampled(m, model, prompts, group_size, new, temperature, plan, only=None):
+def sampled(m, model, prompts, group_size, new, temperature, plan):
     """`sample`, once for each entry of the plan: (torch's own seed or None, the generator's name
     and seed or None). A generator of the same name goes on where it was."""
     policy, tokenizer = speaker(m, **model)
@@ -402,21 +401,11 @@ def sampled(m, model, prompts, group_size, new, temperature, plan, only=None):
         out = m.sample.sample(
             policy, tokenizer, list(prompts), group_size, new, temperature, generator
         )
-        missing = [
-            field
-            for field in ("tokens", "prompt_mask", "response", "mask", "logp", "texts", "finished")
-            if not hasattr(out, field)
-        ]
+        missing = [field for field in FIELDS if not hasattr(out, field)]
         if missing:
             return {"shape": f"sample must return a Rollout; what it returned has no {missing[0]}"}
-        found.append(
-            {
-                key: value
-                for key, value in rollout_fields(out).items()
-                if only is None or key in only
-            }
-            | {"with gradient": out.logp.requires_grad}
-        )
+        fields = {field: getattr(out, field) for field in FIELDS}
+        found.append(fields | {"with gradient": out.logp.requires_grad})
     return {"rollouts": found}
 
 
