@@ -365,7 +365,6 @@ def right_answer(ask):
     """What the reference says, computed once in this process."""
     with LOCK:
         if id(ask) not in RIGHT:
-            prepare()  # imports by several threads would meet
             try:
                 found = worker.drivers[ask.driver](checks.REFERENCE, **ask.options)
             except (ValueError, TypeError) as error:
@@ -578,6 +577,8 @@ def packed(ask):
 def grade(workshop, submission, one, seconds=60, stop=False):
     """One exercise of a submission -> its card; with stop, up to the first part that is lost."""
     workshop.wait()
+    with LOCK:                                         # imports by several threads would meet
+        prepare()
     began, left, mine = time.monotonic(), seconds, checks.checks_of(one.number)
     missing = {name: submission.missing(one, name) for name in one.functions}
     rows = []
