@@ -533,12 +533,9 @@ def start_processes(device):
     if "RANK" in os.environ:
         # One process may wait for hours while another saves or evaluates; torch's own limit is
         # half an hour. One that has died is noticed at once, by its broken connection.
-        torch.distributed.init_process_group(
-            "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=PATIENCE)
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
+                                             timeout=datetime.timedelta(days=7))
     return device, torch.bfloat16 if device.startswith("cuda") else torch.float32
-
-
-PATIENCE = datetime.timedelta(days=7)
 
 
 def in_first(action):
@@ -624,14 +621,17 @@ def leave_out_too_long(task, tokenizer, model, max_new_tokens):
     room = model.config.max_position_embeddings - max_new_tokens
 
     def too_long(problems):
+        bar.update(len(problems))
         prompts = [chat(tokenizer, task.system, task.prompt(x), task.style) for x in problems]
         # A token is a byte at least, apart from those that begin a text: few have to be counted.
         doubtful = [i for i, prompt in enumerate(prompts) if len(prompt.encode()) > room - 8]
-        tokens = [encode(tokenizer, [prompts[i]], "cpu")[0].shape[1] for i in doubtful]
+        asked = [prompts[i] for i in doubtful]
+        tokens = encode(tokenizer, asked, "cpu")[1].sum(1).tolist() if asked else []
         long = {i for i, count in zip(doubtful, tokens) if count > room}
         return [i in long for i in range(len(problems))]
 
-    left_out = task.problems.leave_out(too_long)
+    with tqdm(desc="prompts", leave=False, disable=rank() > 0 or None) as bar:
+        left_out = task.problems.leave_out(too_long, at_once=100)
     return task.notes + [f"{task.problems.path}: {left_out} problems are left out: prompts over "
                          f"{room} tokens."] * (left_out > 0)
 
@@ -703,7 +703,7 @@ def explain(error):
     if isinstance(error, OSError) and error.filename:  # a folder that cannot be written, say
         return text
     if world() > 1 and "imed out" in text:
-        return f"another process has not answered for {PATIENCE.days} days, so this one ends."
+        return "another process has not answered for a week, so this one ends."
     if world() > 1 and (isinstance(error, torch.distributed.DistError) or "gloo" in text):
         return "another process has ended, so this one ends, too."
     raise error

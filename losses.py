@@ -41,6 +41,7 @@ def group_advantages(rewards, group_size):
     or 1 and a share p is correct: sqrt((1-p)/p) if correct, -sqrt(p/(1-p)) if wrong.
     Trap: equal rewards must give exactly 0. In float32 the mean of equal numbers can be wrong in
     the last digit, and divided by 1e-6 that error becomes an advantage.
+    Whole numbers count as floats; rewards are not written to.
     ValueError: group_size is below 1 or does not divide B.
     """
     rewards = rewards.detach() if rewards.is_floating_point() else rewards.float()
@@ -311,7 +312,7 @@ def pkpo(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp=No
          clip_low=0.2, clip_high=0.2, beta=0.0, k=4, agg="seq_mean"):
     """PKPO (arXiv 2505.15201, sloo-minus-one): an unbiased gradient of pass@k.
 
-        A = k C(G-c, k-1) / C(G-1, k-1)  if correct, 0 otherwise; c correct answers in the group
+        A = k C(G-c, k-1) / C(G-1, k-1)  if r == 1, 0 otherwise; c answers of the group have r == 1
 
     Against GRPO: no std; wrong answers have no weight; correct ones weigh more if they are few.
     Unbiased for one-token answers or agg="seq_sum". The paper sums its s_i over the group; rows are

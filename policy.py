@@ -151,7 +151,8 @@ class Attention(nn.Module):
 def rotate(x, cos, sin):
     """Rotary positions: turn each pair (x_i, x_{i + head_dim/2}) by its angle.
 
-    x (B, T, heads, head_dim); cos, sin (T or B x T, 1, head_dim / 2).
+    x (B, T, heads, head_dim); cos, sin (T or B x T, 1, head_dim / 2). Returns x's shape and dtype;
+    x stays as it is.
     """
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
@@ -224,7 +225,8 @@ def token_logprobs(hidden, weight, targets, temperature=1.0):
     """log pi(target) and the entropy of the whole next-token distribution, at `temperature`.
 
     hidden (..., D); weight (V, D) fp32; targets (...) int64. Returns logp (...) and entropy (...),
-    fp32 (float64 for float64 hidden), differentiable in both. By definition
+    fp32 (float64 for float64 hidden), differentiable in both; `weight` is read in the precision of
+    the results. By definition
 
         logits = hidden @ weight.T / temperature
         logp = log_softmax(logits)[targets]

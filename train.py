@@ -714,10 +714,12 @@ def open_run(this, args):
 def try_to_save(this, args):
     """What cannot be saved is told now, not after a night; and how much room checkpoints need."""
     policy_module.try_to_save(this.policy, this.tokenizer, this.folder / "model")
-    # fp32 weights and two moments; two checkpoints are kept, and a third is being written.
-    size = 3 * 12 * sum(w.numel() for w in this.policy.parameters()) / 1e9
+    # fp32 weights and two moments; two checkpoints are kept (a run that goes on has them already),
+    # and a third is being written.
+    there = len(list((this.folder / "checkpoints").glob("*.pt")))
+    size = max(1, 3 - there) * 12 * sum(w.numel() for w in this.policy.parameters()) / 1e9
     free = shutil.disk_usage(this.folder).free / 1e9
-    room = f"three checkpoints need {size:.1f} GB in '{this.folder}', and {free:.1f} GB are free"
+    room = f"checkpoints need {size:.1f} GB in '{this.folder}', and {free:.1f} GB are free"
     if size > free:
         raise UserError(f"{room}: make some, or choose another --out.")
     if size > 1:

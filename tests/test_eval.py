@@ -262,6 +262,20 @@ def test_of_a_long_file_only_doubtful_prompts_are_counted(tmp_path):
     assert tokenizer.calls < 10, f"{tokenizer.calls} calls for {len(texts)} problems"
 
 
+def test_prompts_that_may_all_be_too_long_are_counted_together(tmp_path):
+    data = tmp_path / "data.jsonl"
+    texts = ["1" * (300 + i) for i in range(150)]
+    data.write_text("".join(json.dumps({"problem": text, "answer": "2"}) + "\n" for text in texts))
+    task = Math(str(data), held_out=1.0)
+    everything = "".join(map(chr, range(32, 127))) + "\n"
+    tokenizer = Counting(policy_module.tiny(characters=everything)[1])
+    room = len(tokenizer.inner(task.prompt(task.held_out_problems(149)[-1])).input_ids)
+    model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=room + 10))
+    evaluation.leave_out_too_long(task, tokenizer, model, 10)
+    assert [x.question for x in task.problems.held_out] == texts[:-1]
+    assert tokenizer.calls <= 2, f"{tokenizer.calls} calls for {len(texts)} problems"
+
+
 def test_help_names_the_defaults_that_there_are(capsys):
     with pytest.raises(SystemExit):
         evaluation.parse(["--help"])

@@ -398,6 +398,14 @@ def test_the_room_that_checkpoints_need_is_told_at_the_start(base, tmp_path, mon
     free.free = 35e9
     with pytest.raises(train.UserError, match="need 36.0 GB in .*, and 35.0 GB are free"):
         train.try_to_save(this, args)
+    (tmp_path / "checkpoints").mkdir()
+    for step in (3, 6):                                # a run that goes on has two already
+        (tmp_path / "checkpoints" / f"{step:07d}.pt").write_bytes(b"")
+    train.try_to_save(this, args)
+    assert "need 12.0 GB in" in capsys.readouterr().out
+    free.free = 11e9
+    with pytest.raises(train.UserError, match="need 12.0 GB in .*, and 11.0 GB are free"):
+        train.try_to_save(this, args)
     free.free = 1000
     assert go(base, "--loss", "grpo", "--steps", 1, "--name", "crowded") == 2
     assert "GB are free" in capsys.readouterr().err
