@@ -43,6 +43,7 @@ if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = "2000"
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import losses
@@ -68,9 +69,11 @@ def pass_at_k(n, c, k):
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
-def evaluate(policy, tokenizer, task, problems, n, max_new_tokens, temperature=1.0, generator=None,
+def evaluate(policy, tokenizer, task, problems, n, max_new_tokens, temperature=1.0, seed=0,
              rows=1024):
     """n answers to each problem -> one dict per problem, see `record`. rows: answers in flight."""
+    generator = torch.Generator(policy.device).manual_seed(seed)
+    gather_weights(policy)
     most = min(n, rows)                                # a large n is drawn in several pieces
     pieces = [min(most, n - drawn) for drawn in range(0, n, most)]
 
@@ -237,13 +240,6 @@ def most_changed(task, problems, before, after, name):
     return "\n".join(lines)
 
 
-def worth_showing(task, problems, wanted):
-    """The first `wanted` problems that have several solutions; of Math simply the first."""
-    several = (i for i, problem in enumerate(problems)
-               if not task.several_answers or len(task.solutions(problem)) > 2)
-    return list(itertools.islice(several, wanted))
-
-
 def plot(summaries, file, title):
     """{temperature: summaries} as a picture. One temperature: Pass@k against k, with intervals as
     bands. Several: the frontier, Pass@1 against Pass@(largest k up to 64), a curve per model."""
@@ -317,26 +313,27 @@ def figure(file, panels):
 # ---------------------------------------------------------------------------------------- the flags
 
 def parse(argv):
-    parser = Parser(description=__doc__.split("\n")[0], usage="python eval.py MODEL ... [flags]")
+    parser = Parser(description=__doc__.split("\n")[0], usage="python eval.py MODEL ... [flags]",
+                    allow_abbrev=False)
     parser.add_argument("models", nargs="+", help="a run folder of train.py, a model folder, or a "
                         "hub name; gains are over the first")
     flag = parser.add_argument_group("what is measured").add_argument
-    flag("--n", "--samples", type=int, default=128, help="answers per problem; torchrun takes an "
-         "--n for its own, and passes --samples on")
-    flag("--problems", type=int, default=512, help="held-out problems (math: at most what --data "
-         "has)")
-    flag("--temperature", "--temperatures", type=float, nargs="+", default=[0.7],
-         dest="temperatures", help="several: a table each, and --plot the frontier")
-    flag("--seed", type=int, default=0, help="of the draws; the problems are always the same")
+    flag("--n", "--samples", type=int, default=128, help="answers per problem (default: 128); "
+         "torchrun takes an --n for its own, and passes --samples on")
+    flag("--problems", type=int, default=512, help="held-out problems, if there are so many "
+         "(default: 512)")
+    flag("--temperature", "--temperatures", type=float, nargs="+", default=[0.7], help="default: "
+         "0.7; several: a table each, and --plot the frontier", dest="temperatures")
+    flag("--seed", type=int, default=0, help="of the draws, not of the problems (default: 0)")
     flag("--stop", nargs="+", default=[], help="further tokens that end an answer")
     add_task_flags(parser)
     parser.set_defaults(task=None)                     # that of the runs named, else countdown
     flag = parser.add_argument_group("the machine").add_argument
-    flag("--rows", type=int, default=1024, help="answers in flight at once: lower it when memory "
-         "runs out")
+    flag("--rows", type=int, default=1024, help="answers drawn at once: lower it when memory runs "
+         "out (default: 1024)")
     flag("--device", help="without it, cuda where there is one")
     flag = parser.add_argument_group("what is written").add_argument
-    flag("--json", default="eval.json", help="the numbers")
+    flag("--json", default="eval.json", help="the numbers (default: eval.json)")
     flag("--show", metavar="N", help="the answers to N problems, with their shares; or to one "
          "countdown problem of yours, such as 2,3,5,7=17, and nothing else")
     flag("--plot", help="a picture of the Pass@k curves, or of the frontier where there are "
@@ -407,14 +404,15 @@ def run(argv=None):
         policy, tokenizer = policy_module.load(folder, device, dtype, args.stop)
         label = name if Path(name).name in results[args.temperatures[0]] else Path(name).name
         for temperature, records in results.items():
-            generator = torch.Generator(device).manual_seed(args.seed)
             records[label] = evaluate(policy, tokenizer, task, problems, args.n,
-                                      args.max_new_tokens, temperature, generator, args.rows)
+                                      args.max_new_tokens, temperature, args.seed, args.rows)
         del policy                                     # its memory is for the next one
     if rank() > 0:
         return
     own = "=" in (args.show or "")                     # a problem from the command line, alone
-    shown = range(1) if own else worth_showing(task, problems, int(args.show or 0))
+    several = (i for i, problem in enumerate(problems)  # of Math simply the first
+               if not task.several_answers or len(task.solutions(problem)) > 2)
+    shown = range(1) if own else list(itertools.islice(several, int(args.show or 0)))
     for temperature, records in results.items():
         print(f"{'one problem' if own else f'{len(problems)} held-out problems'}, {args.n} samples "
               f"each, temperature {temperature:g}, seed {args.seed}")
@@ -452,10 +450,11 @@ def task_for_all(args, folders, runs):
     task = make_task(args, held_out=1.0 if args.task == "math" else 0.1)
     for name in folders:
         model = SimpleNamespace(config=configs[name])
-        notes += leave_out_too_long(task, tokenizers[name], model, args.max_new_tokens)
-    notes += leave_out_trained(task, runs) if args.task == "math" else []
-    if notes and rank() == 0:
-        print(*dict.fromkeys(notes), sep="\n")
+        leave_out_too_long(task, tokenizers[name], model, args.max_new_tokens)
+    if args.task == "math":
+        leave_out_trained(task, runs)
+    for note in (notes + task.notes) * (rank() == 0):
+        print(note)
     problems = task.held_out_problems(args.problems)
     if not problems:
         raise UserError(f"'{args.data}' holds no problem to evaluate on.")
@@ -478,19 +477,8 @@ def main(argv=None):
 
 # ----------------------------------------------------------------------- what both programs share
 
-class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """The standard help, without the defaults that say nothing: None and False."""
-
-    def _get_help_string(self, action):
-        plain = str(action.default) in ("None", "False", "[]")
-        return action.help if plain else super()._get_help_string(action)
-
-
 class Parser(argparse.ArgumentParser):
     """Bad flags are told in one sentence, as all bad input is; a dash may be an underscore."""
-
-    def __init__(self, **options):
-        super().__init__(formatter_class=Help, allow_abbrev=False, **options)
 
     def error(self, message):
         raise UserError(f"{message}.")
@@ -508,6 +496,120 @@ def any_character():
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
 
+
+@contextlib.contextmanager
+def whole(path, mode="w"):
+    """A file to write, which is then at `path`: whole, even after a power cut, or not at all."""
+    aside = Path(f"{path}.tmp")
+    aside.parent.mkdir(parents=True, exist_ok=True)
+    with open(aside, mode) as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+def write_json(path, value):
+    with whole(path) as file:
+        json.dump(value, file, indent=1)
+
+
+def read_flags(file):
+    """The flags.json of a run or of a base; UserError where it is missing, damaged or without a
+    task."""
+    def reader():
+        lacking = {"verifier": None, "data": None, "eval_data": None}   # a base has none
+        flags = lacking | json.loads(file.read_text())
+        return flags | {key: flags[key] for key in SETTING}
+    return policy_module.readable(file, reader)
+
+
+def leave_out_too_long(task, tokenizer, model, max_new_tokens):
+    """Drop the problems of a file whose prompt leaves no room for an answer: one of them must not
+    end a night's work."""
+    if task.problems is None:                          # made up, not read: none is too long
+        return
+    room = model.config.max_position_embeddings - max_new_tokens
+
+    def too_long(problems):
+        bar.update(len(problems))
+        prompts = [chat(tokenizer, task.system, task.prompt(x), task.style) for x in problems]
+        # A token is a byte at least, apart from those that begin a text: few have to be counted.
+        doubtful = [i for i, prompt in enumerate(prompts) if len(prompt.encode()) > room - 8]
+        asked = [prompts[i] for i in doubtful]
+        tokens = encode(tokenizer, asked, "cpu")[1].sum(1).tolist() if asked else []
+        long = {i for i, count in zip(doubtful, tokens) if count > room}
+        return [i in long for i in range(len(problems))]
+
+    with tqdm(desc="prompts", leave=False, disable=rank() > 0 or None) as bar:
+        task.problems.leave_out(too_long, f"prompts over {room} tokens", at_once=100)
+
+
+def split(flags):
+    """What a run with these flags trains on, and what it is measured on -> two tasks, or twice the
+    one that holds out a tenth. A problem that stands in --eval-data, too, is not trained on."""
+    if not flags.eval_data:
+        return [make_task(flags)] * 2
+    task = make_task(flags, held_out=0.0)
+    test = make_task(argparse.Namespace(**vars(flags) | {"data": flags.eval_data}), held_out=1.0)
+    leave_out_questions(task, test.problems.held_out, f"they stand in {flags.eval_data}, too")
+    return task, test
+
+
+def leave_out_questions(task, problems, why):
+    questions = {x.question for x in problems}
+    task.problems.leave_out(lambda some: [x.question in questions for x in some], why)
+
+
+def leave_out_trained(task, runs):
+    """Drop the problems that one of these runs, {name: flags}, was trained on."""
+    for name, flags in runs.items():
+        if flags["task"] == "math":
+            try:
+                trained = split(argparse.Namespace(**flags))[0].problems.train
+                leave_out_questions(task, trained, f"{name} was trained on them")
+            except rewards.UserError as error:         # its file is gone, say
+                task.notes.append(f"what {name} was trained on is not known: {error}")
+
+
+def fingerprint(path):
+    """What tells a data file or a model folder from others: a hash of all bytes that a number may
+    depend on (weights, configs, tokenizer, template). A name that is no path stands for itself."""
+    path = Path(path)
+    kinds = (".safetensors", ".json", ".jinja", ".model", ".txt")
+    files = [path] if not path.is_dir() else sorted(x for x in path.iterdir() if x.suffix in kinds)
+    if not path.exists():
+        return str(path)
+    total = hashlib.sha256()
+    for file in files:
+        total.update(f"{file.name} {file.stat().st_size} ".encode())
+        with open(file, "rb") as opened:
+            while piece := opened.read(1 << 22):
+                total.update(piece)
+    return total.hexdigest()
+
+
+def explain(error):
+    """One sentence for what a user can mend. Anything else is a bug: it keeps its traceback."""
+    text = " ".join(str(error).split())
+    if isinstance(error, (UserError, rewards.UserError, losses.UserError)):
+        return text
+    if (isinstance(error, (torch.OutOfMemoryError, MemoryError))
+            or "tried to allocate" in text or "out of memory" in text):
+        return ("out of memory: lower --rows if this was sampling or evaluation, --micro-batch if "
+                "it was an update.")
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"the disk is full ({text}): make room; train.py --resume then goes on."
+    if isinstance(error, OSError) and error.filename:  # a folder that cannot be written, say
+        return text
+    if world() > 1 and "imed out" in text:
+        return "another process has not answered for a week, so this one ends."
+    if world() > 1 and (isinstance(error, torch.distributed.DistError) or "gloo" in text):
+        return "another process has ended, so this one ends, too."
+    raise error
+
+
+# ------------------------------------------------------------------------------- several processes
 
 def rank():
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
@@ -543,17 +645,17 @@ def in_first(action):
     # The others do not even look at the run's folder: it may lie on the first's machine alone.
     if world() == 1:
         return action()
-    answer, error = [None, False], None
+    found, error = [None], None
     if rank() == 0:
         try:
-            answer[0] = action()
+            found = [(action(),)]
         except Exception as raised:
-            answer[1], error = True, raised
-    torch.distributed.broadcast_object_list(answer)
-    if answer[1]:
+            error = raised
+    torch.distributed.broadcast_object_list(found)
+    if found == [None]:
         # Its own error in the first; the others end with it instead of waiting for it.
         raise error or UserError("the first process ended the run and says why.")
-    return answer[0]
+    return found[0][0]
 
 
 def problems_at_once(problems, n, rows):
@@ -591,122 +693,61 @@ def leave(code):
     sys.exit(code)
 
 
-def write_json(path, value):
-    """Write aside, then rename: the file is there whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".tmp")
-    with open(aside, "w") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+def own_prompts(prompts):
+    """Which of a batch's prompts this process answers: a slice; all of them if it is alone."""
+    return slice(rank() * prompts // world(), (rank() + 1) * prompts // world())
 
 
-def read_flags(file):
-    """The flags.json of a run or of a base; UserError where it is missing, damaged or without a
-    task."""
-    def reader():
-        lacking = {"verifier": None, "data": None, "eval_data": None}   # a base has none
-        flags = lacking | json.loads(file.read_text())
-        return flags | {key: flags[key] for key in SETTING}
-    return policy_module.readable(file, reader)
+def whole_batch(x):
+    """Rows of every process, in process order, padded with 0 to the widest; x itself if alone."""
+    if world() == 1:
+        return x
+    if x.dim() == 2:
+        widest = torch.tensor(x.shape[1], device=x.device)
+        torch.distributed.all_reduce(widest, torch.distributed.ReduceOp.MAX)
+        # Padding is masked, so its value does not matter.
+        x = F.pad(x, (0, int(widest) - x.shape[1]))
+    # Each process drew answers of its own lengths, and all_gather wants one shape.
+    parts = [torch.empty_like(x) for _ in range(world())]
+    torch.distributed.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
 
 
-def leave_out_too_long(task, tokenizer, model, max_new_tokens):
-    """Drop the problems of a file whose prompt leaves no room for an answer: one of them must not
-    end a night's work -> what there is to say about the file, a list of sentences."""
-    if task.problems is None:                          # made up, not read: none is too long
-        return []
-    room = model.config.max_position_embeddings - max_new_tokens
-
-    def too_long(problems):
-        bar.update(len(problems))
-        prompts = [chat(tokenizer, task.system, task.prompt(x), task.style) for x in problems]
-        # A token is a byte at least, apart from those that begin a text: few have to be counted.
-        doubtful = [i for i, prompt in enumerate(prompts) if len(prompt.encode()) > room - 8]
-        asked = [prompts[i] for i in doubtful]
-        tokens = encode(tokenizer, asked, "cpu")[1].sum(1).tolist() if asked else []
-        long = {i for i, count in zip(doubtful, tokens) if count > room}
-        return [i in long for i in range(len(problems))]
-
-    with tqdm(desc="prompts", leave=False, disable=rank() > 0 or None) as bar:
-        left_out = task.problems.leave_out(too_long, at_once=100)
-    return task.notes + [f"{task.problems.path}: {left_out} problems are left out: prompts over "
-                         f"{room} tokens."] * (left_out > 0)
+def own_rows(x, rollout):
+    """The rows of `rollout` in a (B, T) tensor of the whole batch; x itself if alone."""
+    rows, width = rollout.mask.shape
+    # Sharded gradients are averaged over the processes, ours have to be summed.
+    return x[rank() * rows:(rank() + 1) * rows, :width] * world()
 
 
-def split(flags):
-    """What a run with these flags trains on, and what it is measured on -> two tasks, or twice the
-    one that holds out a tenth. A problem that stands in --eval-data, too, is not trained on."""
-    if not flags.eval_data:
-        return [make_task(flags)] * 2
-    task = make_task(flags, held_out=0.0)
-    test = make_task(argparse.Namespace(**vars(flags) | {"data": flags.eval_data}), held_out=1.0)
-    asked, before = {x.question for x in test.problems.held_out}, len(task.problems.train)
-    task.problems.train = [x for x in task.problems.train if x.question not in asked]
-    if left_out := before - len(task.problems.train):
-        task.notes.append(f"{flags.data}: {left_out} problems are not trained on, as they are "
-                          f"held-out problems of {flags.eval_data}, too.")
-    return task, test
+@torch.no_grad()
+def gather_weights(policy):
+    """Sharded weights come together in a process's first forward, for which it needs all others.
+    Here all go through it, so that those with nothing to measure are not waited for later."""
+    if world() > 1:
+        policy(torch.zeros(1, 1, dtype=torch.int64, device=policy.device))
 
 
-def leave_out_trained(task, runs):
-    """Drop the problems that one of these runs, {name: flags}, was trained on -> what there is to
-    say of it, a list of sentences."""
-    notes = []
-    for name, flags in runs.items():
-        if flags["task"] != "math":
-            continue
-        try:
-            trained = {x.question for x in split(argparse.Namespace(**flags))[0].problems.train}
-        except rewards.UserError as error:             # its file is gone, say
-            notes.append(f"what {name} was trained on is not known ({error}): it may be asked.")
-            continue
-        before = len(task.problems.held_out)
-        task.problems.held_out = [x for x in task.problems.held_out if x.question not in trained]
-        if left_out := before - len(task.problems.held_out):
-            notes.append(f"{task.problems.path}: {left_out} problems are left out, as {name} was "
-                         "trained on them.")
-    return notes
+def clip_gradient(policy, most):
+    """Scale the gradient to a norm of at most `most` -> the norm before."""
+    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), most)
+    return (norm if world() == 1 else norm.full_tensor()).item()
 
 
-def fingerprint(path):
-    """What tells a data file or a model folder from others: a hash of all bytes that a number may
-    depend on (weights, configs, tokenizer, template). A name that is no path stands for itself."""
-    path = Path(path)
-    kinds = (".safetensors", ".json", ".jinja", ".model", ".txt")
-    files = [path] if not path.is_dir() else sorted(x for x in path.iterdir() if x.suffix in kinds)
-    if not path.exists():
-        return str(path)
-    total = hashlib.sha256()
-    for file in files:
-        total.update(f"{file.name} {file.stat().st_size} ".encode())
-        with open(file, "rb") as opened:
-            while piece := opened.read(1 << 22):
-                total.update(piece)
-    return total.hexdigest()
-
-
-def explain(error):
-    """One sentence for what a user can mend. Anything else is a bug: it keeps its traceback."""
-    text = " ".join(str(error).split())
-    if isinstance(error, (UserError, rewards.UserError, losses.UserError)):
-        return text
-    if (isinstance(error, (torch.OutOfMemoryError, MemoryError))
-            or "tried to allocate" in text or "out of memory" in text):
-        return ("out of memory: lower --rows if this was sampling or evaluation, --micro-batch if "
-                "it was an update.")
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return (f"the disk is full ({text}); what was saved before is whole: make room, then go on "
-                "with train.py --resume.")
-    if isinstance(error, OSError) and error.filename:  # a folder that cannot be written, say
-        return text
-    if world() > 1 and "imed out" in text:
-        return "another process has not answered for a week, so this one ends."
-    if world() > 1 and (isinstance(error, torch.distributed.DistError) or "gloo" in text):
-        return "another process has ended, so this one ends, too."
-    raise error
+def shard(policy):
+    """PyTorch's own FSDP2: parameters, gradients and optimiser state split over the processes."""
+    if world() == 1:
+        return policy
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    # Left to itself, it takes the GPUs of a machine that has some, with --device cpu, too.
+    mesh = init_device_mesh(policy.device.type, (world(),))
+    # One block at a time, so that one block's gradients travel while the next is computed.
+    for block in policy.model.layers:
+        fully_shard(block, mesh=mesh, reshard_after_forward=False)
+    # Weights stay gathered between forwards, so that sampling needs no traffic.
+    fully_shard(policy, mesh=mesh, reshard_after_forward=False)
+    return policy
 
 
 if __name__ == "__main__":

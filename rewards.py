@@ -156,7 +156,8 @@ class Countdown:
         check_countdown(counts, high, targets, style, held_out)
         self.counts, self.high, self.targets = tuple(counts), high, tuple(targets)
         self.style, self.held_out = style, held_out
-        self.problems, self.notes = countdown_file(self, path) if path else (None, [])
+        self.problems = countdown_file(self, path) if path else None
+        self.notes = self.problems.notes if path else []
 
     def example(self, rng, held_out=False):
         """One problem of the split with one answer: (Problem((4, 7, 2, 9), 24), "2*(9+7-4)")."""
@@ -658,14 +659,15 @@ class Problems:
             raise UserError(f"The split leaves no {kind} of {self.path}.")
         return rng.choice(problems)
 
-    def leave_out(self, too_long, at_once=1000):
-        """Drop the problems of which too_long, given a list of problems, says True -> how many."""
+    def leave_out(self, unwanted, why, at_once=1000):
+        """Drop the problems of which unwanted, given a list of problems, says True."""
         before = len(self.train) + len(self.held_out)
         for problems in (self.train, self.held_out):
             starts = range(0, len(problems), at_once)
-            drop = [each for i in starts for each in too_long(problems[i:i + at_once])]
-            problems[:] = [problem for problem, long in zip(problems, drop) if not long]
-        return before - len(self.train) - len(self.held_out)
+            drop = [each for i in starts for each in unwanted(problems[i:i + at_once])]
+            problems[:] = [problem for problem, bad in zip(problems, drop) if not bad]
+        dropped = before - len(self.train) - len(self.held_out)
+        self.notes += [f"{self.path}: {dropped} problems are left out: {why}."] * (dropped > 0)
 
 
 def countdown_file(task, path):
@@ -676,7 +678,8 @@ def countdown_file(task, path):
     tried = random.Random(0).sample(short, min(500, len(short)))
     lost = sum(not task.solutions(problem) for problem in tried)
     note = f"{path}: {lost} of {len(tried)} problems tried have no solution."
-    return problems, problems.notes + [note] * (lost > 0)
+    problems.notes += [note] * (lost > 0)
+    return problems
 
 
 # How a model writes in its box what files write so. Where math_reward does not take the one for the

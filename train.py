@@ -37,7 +37,6 @@ from types import SimpleNamespace
 
 import eval as evaluation                              # first: it sets how torch's threads wait
 import torch
-import torch.nn.functional as F
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions, get_model_state_dict, get_optimizer_state_dict, get_state_dict,
     set_model_state_dict, set_optimizer_state_dict)
@@ -46,15 +45,10 @@ from tqdm import tqdm
 
 import losses
 import policy as policy_module
-from eval import Parser, read_flags, write_json
+from eval import Parser, clip_gradient, own_prompts, own_rows, read_flags, whole_batch, write_json
 from policy import UserError, score
 from rewards import SETTING, add_task_flags, fill_task_flags, make_task
 from sample import Rollout, chat, encode, join, sample, take
-
-try:
-    import resource                                    # not on Windows
-except ImportError:
-    resource = None
 
 
 def run(args):
@@ -200,7 +194,7 @@ def train_step(policy, optimizer, rollout, rewards, loss_fn, group_size, *, temp
 # ------------------------------------------- a first reading ends here; below: what serves the loop
 
 import signal
-from eval import in_first, rank, start_processes, world
+from eval import in_first, rank, shard, start_processes, whole, world
 
 BAD_STEPS = 3                 # this many steps in a row with a NaN or infinite gradient end the run
 TRACKED, TRACKED_ANSWERS = 128, 16     # held-out problems that --eval-every measures, answers each
@@ -261,7 +255,8 @@ def finish(this, args):
     # From here on nothing can be lost: Ctrl-C ends the process at once.
     on_signal(f"stopped after the last step, all saved; {AGAIN}")
     save_model(this.policy, this.tokenizer, this.folder / "model")
-    this.policy = this.reference = this.optimizer = None       # their memory is for the table now
+    this.optimizer.zero_grad()
+    this.reference = this.optimizer = None             # their memory is for the table now
     if args.eval_problems:
         compare(this, args)
     return 0
@@ -430,7 +425,8 @@ def costs(rollout, sampling, updating):
     # On a GPU its own memory is what runs out, elsewhere the process's.
     if rollout.tokens.is_cuda:
         peak = torch.cuda.max_memory_allocated()
-    elif resource:
+    elif sys.platform != "win32":
+        import resource                                # not on Windows
         unit = 1 if sys.platform == "darwin" else 1024
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return {"sample_s": sampling, "update_s": updating, "memory_gb": peak / 2 ** 30,
@@ -444,12 +440,9 @@ def held_out(this, args, step):
         names["distinct"] = "held_out_distinct"
     if not this.tracked_problems or step % args.eval_every:
         return dict.fromkeys(names.values())
-    gather_weights(this.policy)
-    # A generator of its own: the run's weights do not depend on whether it is measured.
-    generator = torch.Generator(this.policy.device).manual_seed(0)
     columns = evaluation.columns(evaluation.evaluate(
         this.policy, this.tokenizer, this.test_task, this.tracked_problems, TRACKED_ANSWERS,
-        args.max_new_tokens, args.temperature, generator, args.rows))
+        args.max_new_tokens, args.temperature, rows=args.rows))
     say(f"step {step}, held-out problems: " + ", ".join(f"{name} {columns[name].mean():.1f}"
                                                         for name in names))
     return {short: float(columns[name].mean()) for name, short in names.items()}
@@ -484,9 +477,8 @@ def open_log(path, done):
     """log.csv, cut back to the steps that the checkpoint knows -> a file open for appending."""
     lines = path.read_text().splitlines() if done and path.is_file() else []
     # Lines of steps after the checkpoint would otherwise stand twice, once they are made again.
-    aside = path.with_suffix(".tmp")
-    aside.write_text("".join(line + "\n" for line in lines[:done + 1]))     # head, a line per step
-    os.replace(aside, path)
+    with whole(path) as file:
+        file.writelines(line + "\n" for line in lines[:done + 1])           # head, a line per step
     return open(path, "a", newline="")
 
 
@@ -540,65 +532,6 @@ def asked_to_stop(this):
     # All leave after the same step: one that went on alone would wait for the others for ever.
     if whole_batch(torch.tensor([float(len(this.signals))])).any():
         return 128 + max((number for number, _ in this.signals), default=signal.SIGTERM)
-
-
-# ------------------------------------------------------------------------------- several processes
-
-def own_prompts(prompts):
-    """Which of a batch's prompts this process answers: a slice; all of them if it is alone."""
-    return slice(rank() * prompts // world(), (rank() + 1) * prompts // world())
-
-
-def whole_batch(x):
-    """Rows of every process, in process order, padded with 0 to the widest; x itself if alone."""
-    if world() == 1:
-        return x
-    if x.dim() == 2:
-        widest = torch.tensor(x.shape[1], device=x.device)
-        torch.distributed.all_reduce(widest, torch.distributed.ReduceOp.MAX)
-        # Padding is masked, so its value does not matter.
-        x = F.pad(x, (0, int(widest) - x.shape[1]))
-    # Each process drew answers of its own lengths, and all_gather wants one shape.
-    parts = [torch.empty_like(x) for _ in range(world())]
-    torch.distributed.all_gather(parts, x.contiguous())
-    return torch.cat(parts)
-
-
-def own_rows(x, rollout):
-    """The rows of `rollout` in a (B, T) tensor of the whole batch; x itself if alone."""
-    rows, width = rollout.mask.shape
-    # Sharded gradients are averaged over the processes, ours have to be summed.
-    return x[rank() * rows:(rank() + 1) * rows, :width] * world()
-
-
-def clip_gradient(policy, most):
-    """Scale the gradient to a norm of at most `most` -> the norm before."""
-    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), most)
-    return (norm if world() == 1 else norm.full_tensor()).item()
-
-
-def shard(policy):
-    """PyTorch's own FSDP2: parameters, gradients and optimiser state split over the processes."""
-    if world() == 1:
-        return policy
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-    # Left to itself, it takes the GPUs of a machine that has some, with --device cpu, too.
-    mesh = init_device_mesh(policy.device.type, (world(),))
-    # One block at a time, so that one block's gradients travel while the next is computed.
-    for block in policy.model.layers:
-        fully_shard(block, mesh=mesh, reshard_after_forward=False)
-    # Weights stay gathered between forwards, so that sampling needs no traffic.
-    fully_shard(policy, mesh=mesh, reshard_after_forward=False)
-    return policy
-
-
-@torch.no_grad()
-def gather_weights(policy):
-    """Sharded weights come together in a process's first forward, for which it needs all others.
-    Here all go through it, so that those with nothing to measure are not waited for later."""
-    if world() > 1:
-        policy(torch.zeros(1, 1, dtype=torch.int64, device=policy.device))
 
 
 # -------------------------------------------------------------------------- what a run starts from
@@ -664,8 +597,8 @@ def make_tasks(this, policy, args):
         args.max_len = args.max_new_tokens
     this.task, this.test_task = evaluation.split(args)
     for task in {this.task: None, this.test_task: None}:       # once, if they are one
-        for note in evaluation.leave_out_too_long(task, this.tokenizer, policy,
-                                                  args.max_new_tokens):
+        evaluation.leave_out_too_long(task, this.tokenizer, policy, args.max_new_tokens)
+        for note in task.notes:
             say(note)
     # What the end will need is asked for now: an error there would come after a night.
     this.task.problem(random.Random(0))
@@ -737,18 +670,12 @@ def save_checkpoint(folder, policy, optimizer, step, rng, generator):
     generators = whole_batch(generator.get_state()[None])                   # (processes, bytes)
     if rank() > 0:
         return
-    folder.mkdir(parents=True, exist_ok=True)
     for half_written in folder.glob("*.tmp"):          # by a save that was killed
         half_written.unlink()
     file = folder / f"{step:07d}.pt"
-    aside = file.with_suffix(".tmp")
-    with open(aside, "wb") as opened:                  # ours: a full disk is then an OSError
+    with whole(file, "wb") as opened:
         torch.save({"step": step, "weights": weights, "moments": optimiser["state"],
                     "rng": rng.getstate(), "generators": generators}, opened)
-        opened.flush()
-        os.fsync(opened.fileno())
-    # On the disk first, then renamed: after a power cut there is the whole file or none.
-    os.replace(aside, file)
     files = sorted(folder.glob("*.pt"))
     place = files.index(file)                          # later ones are damaged: it began before
     for other in files[:max(0, place - 1)] + files[place + 1:]:
@@ -816,33 +743,32 @@ def save_model(policy, tokenizer, path):
 def compare(this, args):
     """The table at the end: the base, this run, and every finished run beside it that was measured
     alike, on the same held-out problems. What was measured before is read from eval.json."""
-    # All that a number in the table depends on, apart from the model and the problems.
+    marks = in_first(lambda: {"base": evaluation.fingerprint(this.base),
+                              args.name: evaluation.fingerprint(this.folder / "model")})
+    # All that a number in the table depends on, apart from the model.
     setting = {key: getattr(args, key) for key in SETTING} | {
         "stop": args.stop, "dtype": str(this.dtype), "n": args.eval_samples,
-        "temperature": args.eval_temperature}
-    places = {"base": this.base, args.name: this.folder / "model"}
-    marks = in_first(lambda: {name: evaluation.fingerprint(places[name]) for name in places})
-    known = in_first(lambda: measured_alike(this, setting, marks))
-    for name in places:
+        "temperature": args.eval_temperature, "problems": [list(x) for x in this.test_problems],
+        "base": marks["base"]}
+    known = in_first(lambda: measured_alike(this.folder.parent, setting))
+    if args.name in known and known[args.name]["fingerprint"] != marks[args.name]:
+        del known[args.name]                           # it went on since
+    policy = this.policy
+    for name in (args.name, "base"):
         if name not in known:
-            # Only the first process sees the run's folder: the others are sent the weights.
-            policy, tokenizer = policy_module.load(places[name] if rank() == 0 else this.base,
-                                                   this.device, this.dtype, args.stop)
-            for w in policy.parameters() if world() > 1 else []:
-                torch.distributed.broadcast(w.detach(), 0)
-            # The same seed for every model: the same chance for all.
-            generator = torch.Generator(policy.device).manual_seed(0)
-            records = evaluation.evaluate(policy, tokenizer, this.test_task, this.test_problems,
-                                          args.eval_samples, args.max_new_tokens,
-                                          args.eval_temperature, generator, args.rows)
-            known[name] = {"fingerprint": marks[name], "loss": args.loss, "records": records}
-            del policy                                 # one model at a time
+            policy = policy or policy_module.load(this.base, this.device, this.dtype, args.stop)[0]
+            known[name] = {"fingerprint": marks[name], "loss": args.loss,
+                           "records": evaluation.evaluate(
+                               policy, this.tokenizer, this.test_task, this.test_problems,
+                               args.eval_samples, args.max_new_tokens, args.eval_temperature,
+                               rows=args.rows)}
+        policy = this.policy = None                    # one model at a time
     if rank() > 0:
         return
-    write_json(this.folder / "eval.json", {"setting": setting, "flags": vars(args),
-                                           "models": {name: known[name] for name in places}})
-    order = ["base", *(name for name in known if name not in places), args.name]
+    order = ["base", *(name for name in known if name not in marks), args.name]
     results = {name: known[name]["records"] for name in order}
+    write_json(this.folder / "eval.json", {"setting": setting, "flags": vars(args),
+                                           "models": {name: known[name] for name in marks}})
     print(f"{args.task}: {len(this.test_problems)} held-out problems, {args.eval_samples} samples "
           f"each, temperature {args.eval_temperature:g}")
     evaluation.print_table(evaluation.summary(results))
@@ -855,20 +781,14 @@ def compare(this, args):
         print(f"To read it against {other}, on the same problems: python train.py --loss {other}")
 
 
-def measured_alike(this, setting, marks):
-    """{name: {"fingerprint", "loss", "records"}} of the base and of every finished run beside this
-    one with this setting, base and problems; of this run if its model has not changed. Records are
-    kept under a fingerprint of the model that they are of: marks, {"base", this run: fingerprint}.
-    """
-    wanted, found = json.dumps([setting, [list(x) for x in this.test_problems]]), {}
-    for file in sorted(this.folder.parent.glob("*/eval.json")):
+def measured_alike(folder, setting):
+    """{name: {"fingerprint", "loss", "records"}} of the base and of every run in `folder` that was
+    measured with this setting."""
+    wanted, found = json.dumps(setting), {}
+    for file in sorted(folder.glob("*/eval.json")):
         try:
             seen = json.loads(file.read_text())
-            problems = [record["problem"] for record in seen["models"]["base"]["records"]]
-            alike = json.dumps([seen["setting"], problems]) == wanted
-            if alike and seen["models"]["base"]["fingerprint"] == marks["base"]:
-                found |= {name: model for name, model in seen["models"].items()
-                          if model["fingerprint"] == marks.get(name, model["fingerprint"])}
+            found |= seen["models"] if json.dumps(seen["setting"]) == wanted else {}
         except (ValueError, KeyError, TypeError, OSError):     # another program's, or cut in half
             continue
     return found
@@ -953,7 +873,7 @@ NUMBERS = {
 
 
 def parse(argv):
-    parser = Parser(description=__doc__.split("\n")[0], add_help=False,
+    parser = Parser(description=__doc__.split("\n")[0], add_help=False, allow_abbrev=False,
                     usage="python train.py --loss LOSS [flags]")
     flag = parser.add_argument_group("what is optimised").add_argument
     flag("--loss", default="diffsmooth", help="one of: " + ", ".join(variants()))
@@ -966,8 +886,8 @@ def parse(argv):
     groups = {title: parser.add_argument_group(title).add_argument for title in NUMBERS}
     for title, flags in NUMBERS.items():
         for name, default, least, meaning in flags:
-            groups[title](f"--{name}", type=functools.partial(number, least),
-                          default=default, help=meaning)
+            groups[title](f"--{name}", type=functools.partial(number, least), default=default,
+                          help=meaning + " (default: %(default)s)" * (default is not None))
     groups["how far and how fast"]("--schedule", choices=["linear", "constant"], default="linear",
                                    help="then it falls to 0 at --steps, or stays")
     flag = groups["the run"]
@@ -991,11 +911,10 @@ def parse(argv):
         if type(default) not in (bool, int, float, str, tuple, type(None)):
             raise UserError(f"losses.{known.loss}: {name} needs a default that a flag can stand "
                             "for: a number, a text, True or False, a tuple, or None.")
-        spelled = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
         budget = name == "max_len"                     # dr_grpo's: known once the task is
-        loss_group.add_argument(*spelled, dest=name, default=None if budget else default,
-                                type=functools.partial(option, known.loss, default),
-                                help="without it, --max-new-tokens" if budget else "see there")
+        loss_group.add_argument(f"--{name.replace('_', '-')}", default=None if budget else default,
+                                type=functools.partial(option, known.loss, default), help="default:"
+                                " --max-new-tokens" if budget else "default: %(default)s")
     parser.add_argument("-h", "--help", action="help", help="show this; with --loss, its options")
     args, unknown = parser.parse_known_args(argv)
     if unknown:

@@ -160,8 +160,7 @@ def test_evaluate_ends_in_one_record_a_problem_for_any_batching():
     task = Countdown(counts=(2,), high=9, targets=(1, 20))
     problems = task.held_out_problems(3)
     for rows in (1, 4, 5, 1000):
-        records = evaluation.evaluate(policy, tokenizer, task, problems, 5, 6,
-                                      generator=torch.Generator(), rows=rows)
+        records = evaluation.evaluate(policy, tokenizer, task, problems, 5, 6, rows=rows)
         assert [tuple(r["problem"]) for r in records] == [tuple(p) for p in problems]
         assert all(r["n"] == 5 for r in records), f"rows={rows}"
 
@@ -256,9 +255,9 @@ def test_of_a_long_file_only_doubtful_prompts_are_counted(tmp_path):
     room = tokens[-2]
     assert tokens[-3:] == [room - 1, room, room + 1] and max(tokens[:-3]) < room / 2
     model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=room + 10))
-    notes = evaluation.leave_out_too_long(task, tokenizer, model, 10)
+    evaluation.leave_out_too_long(task, tokenizer, model, 10)
     assert {x.question for x in task.problems.held_out} == set(texts[:-1])
-    assert f"1 problems are left out: prompts over {room} tokens." in notes[-1]
+    assert f"1 problems are left out: prompts over {room} tokens." in task.notes[-1]
     assert tokenizer.calls < 10, f"{tokenizer.calls} calls for {len(texts)} problems"
 
 
@@ -280,7 +279,7 @@ def test_help_names_the_defaults_that_there_are(capsys):
     with pytest.raises(SystemExit):
         evaluation.parse(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "answers per problem;" in text and "(default: 128)" in text
+    assert "answers per problem (default: 128);" in text
     assert "default: None" not in text and "SUPPRESS" not in text
 
 
@@ -495,8 +494,8 @@ def test_an_answer_goes_to_its_problem(monkeypatch):
         (problem, answers)))
     for rows, batches in ((2, [2] * 34), (6, [4] * 17), (100, [12] * 5 + [8])):
         heard.clear(), at_once.clear()
-        evaluation.evaluate(None, SimpleNamespace(chat_template=None), task, problems, 4, 9,
-                            rows=rows)
+        evaluation.evaluate(SimpleNamespace(device="cpu"), SimpleNamespace(chat_template=None),
+                            task, problems, 4, 9, rows=rows)
         right = [(problem, [(task.prompt(problem), 3, 3.0, True)] * 4) for problem in problems]
         claim(heard == right,
               f"rows={rows}: answers were judged against another problem, or some are missing")
@@ -511,8 +510,7 @@ def test_processes_share_the_batches_out_and_draw_what_one_draws(monkeypatch):
     problems = task.held_out_problems(5)
 
     def measured():
-        return evaluation.evaluate(policy, tokenizer, task, problems, 3, 6, 1.0,
-                                   torch.Generator().manual_seed(0), rows=6)
+        return evaluation.evaluate(policy, tokenizer, task, problems, 3, 6, rows=6)
 
     def gathered(out, mine):
         out[:] = [{}, mine]

@@ -192,7 +192,7 @@ def test_held_out_problems_are_shared_out_and_measured_alike(done):
     task = Countdown(counts=(3,), high=9, targets=(1, 20))
     problems = task.held_out_problems(10)[5:]          # those after the table's
     records = evaluation.evaluate(*policy_module.load(done / "runs" / "run" / "model"), task,
-                                  problems, 16, 8, 1.0, torch.Generator().manual_seed(0), rows=6)
+                                  problems, 16, 8, rows=6)
     columns = evaluation.columns(records)
     assert [float(rows[1][name]) for name in names] == pytest.approx(
         [columns[name].mean() for name in ("Pass@1", "Pass@16", "distinct")], abs=1e-4)

@@ -1375,11 +1375,13 @@ def test_long_prompts_are_left_out_everywhere(tmp_path):
     lines = [{"problem": "1" * n, "answer": "2"} for n in range(1, 101)]
     for held_out in (0.0, 0.5, 1.0):
         problems = Math(write(tmp_path, *lines), held_out).problems
-        assert problems.leave_out(lambda these: [len(x.question) > 60 for x in these]) == 40
+        problems.leave_out(lambda these: [len(x.question) > 60 for x in these], "too long")
+        assert problems.notes == [f"{problems.path}: 40 problems are left out: too long."]
         left = sorted(len(p.question) for p in problems.train + problems.held_out)
         assert left == [*range(1, 61)], f"held_out={held_out}: prompts of {left} characters left"
     problems = Countdown(path=write(tmp_path, *COUNTDOWN_LINES)).problems
-    assert problems.leave_out(lambda these: [sum(x.numbers) > 20 for x in these]) == 92
+    problems.leave_out(lambda these: [sum(x.numbers) > 20 for x in these], "large")
+    assert problems.notes[-1].endswith(": 92 problems are left out: large.")
 
 
 def test_long_prompts_are_looked_for_in_batches(tmp_path):
@@ -1391,7 +1393,8 @@ def test_long_prompts_are_looked_for_in_batches(tmp_path):
         sizes.append(len(these))
         return [int(x.question) % 2 for x in these]
 
-    assert problems.leave_out(odd) == 1250 and sizes == [1000, 1000, 500]
+    problems.leave_out(odd, "odd")
+    assert "1250 problems" in problems.notes[-1] and sizes == [1000, 1000, 500]
     assert [int(x.question) for x in problems.train] == [*range(0, 2500, 2)], "file order"
 
 

@@ -414,9 +414,7 @@ def test_rows_change_no_evaluation():
     problems, records = task.held_out_problems(5), []
     # all at once; two problems; one; one in pieces of 3, 3 and 2
     for rows in (64, 16, 8, 3):
-        generator = torch.Generator().manual_seed(0)
-        records.append(evaluate(policy, tokenizer, task, problems, 8, 12, generator=generator,
-                                rows=rows))
+        records.append(evaluate(policy, tokenizer, task, problems, 8, 12, rows=rows))
     for other in records[1:]:
         for a, b in zip(records[0], other):
             assert a["nats"] == pytest.approx(b["nats"], rel=1e-5)

@@ -520,7 +520,7 @@ BAD = {  # command line -> what the one sentence must say
     "train --loss grpo --agg median": "unknown agg",
     "train --loss diffsmooth --reduction max": "unknown reduction",
     "train --loss diffsmooth --gamma_p nan": "the options of --loss diffsmooth make its value nan",
-    "train --loss diffsmooth --gamma_p much": "--gamma_p",
+    "train --loss diffsmooth --gamma_p much": "--gamma-p",
     "train --loss focal --focal_gamma -1": "focal_gamma",
     "train --loss grpo --device quantum": "--device quantum is not available",
     "train --loss grpo --device meta": "--device meta is not available",
@@ -723,7 +723,7 @@ def test_a_math_run_is_measured_on_what_it_was_not_trained_on(base, tmp_path, ca
     records = json.loads((tmp_path / "own" / "eval.json").read_text())["models"]["own"]["records"]
     own = {record["problem"][0] for record in records}
     assert 1 <= len(own) < 30
-    left_out = f"{100 - len(own)} problems are left out, as {tmp_path / 'own'} was trained on them"
+    left_out = f"{100 - len(own)} problems are left out: {tmp_path / 'own'} was trained on them."
     for flags in ([], ["--data", data]):
         asked, text = measured(tmp_path / "own", *flags)
         assert asked == own and left_out in text
@@ -734,8 +734,7 @@ def test_a_math_run_is_measured_on_what_it_was_not_trained_on(base, tmp_path, ca
     capsys.readouterr()
     assert go_math(base, tmp_path, "--data", data, "--eval-data", test_data, "--name", "other") == 0
     text = capsys.readouterr().out
-    assert (f"{data}: 5 problems are not trained on, as they are held-out problems of "
-            f"{test_data}, too.") in text
+    assert f"{data}: 5 problems are left out: they stand in {test_data}, too." in text
     assert "15 held-out problems" in text and len(measured(tmp_path / "other")[0]) == 15
     asked, _ = measured(tmp_path / "other", "--data", data)
     assert asked == {f"What is {i}+{i}?" for i in range(95, 100)}, "all else was trained on"
@@ -806,14 +805,14 @@ def test_the_optimiser_is_gone_when_the_table_is_made(base, monkeypatch):
     before."""
     import gc
     alive, evaluate = [], evaluation.evaluate
-    def spy(policy, *rest):
+    def spy(policy, *rest, **options):
         size, storages = sum(w.nbytes for w in policy.parameters()), {}
         for x in gc.get_objects():
             for y in (x, x.grad if x.is_leaf else None) if isinstance(x, torch.Tensor) else ():
                 if y is not None and y.nbytes > size / 1000:
                     storages[y.untyped_storage().data_ptr()] = y.untyped_storage().nbytes()
         alive.append(sum(storages.values()) / size)
-        return evaluate(policy, *rest)
+        return evaluate(policy, *rest, **options)
     monkeypatch.setattr(evaluation, "evaluate", spy)
     # what other tests have left
     before = sum(x.nbytes for x in gc.get_objects() if isinstance(x, torch.Tensor))

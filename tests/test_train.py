@@ -519,8 +519,7 @@ def test_held_out_problems_are_measured_and_change_nothing(base, monkeypatch, ca
 
     task = Countdown(counts=(2,), high=4, targets=(1, 8))
     records = evaluation.evaluate(*policy_module.load(base / "seen" / "model"), task,
-                                  task.held_out_problems(2), 16, 8, 1.0,
-                                  torch.Generator().manual_seed(0))
+                                  task.held_out_problems(2), 16, 8)
     c, distinct = ([record[name] for record in records] for name in ("c", "distinct"))
     right = [100 * sum(c) / 32, 100 * sum(x > 0 for x in c) / 2, sum(distinct) / 2]
     assert [float(x) for x in measured[3]] == pytest.approx(right)
@@ -652,7 +651,7 @@ def test_the_costs_of_a_step_by_hand():
                                  mask=torch.tensor([[True] * 4, [True, True, False, False]]))
     line = train.costs(rollout, 1.0, 2.0)
     assert (line["sample_s"], line["update_s"], line["tokens_s"]) == (1, 2, 2)
-    assert 0.05 < line["memory_gb"] < 1000 if train.resource else line["memory_gb"] == 0
+    assert 0.05 < line["memory_gb"] < 1000 if sys.platform != "win32" else line["memory_gb"] == 0
 
 
 def test_flags_at_the_edge_of_what_is_allowed():
@@ -913,7 +912,8 @@ def test_the_table_has_a_column_for_what_was_measured_alike(base, capsys, monkey
     same; and nothing is measured twice."""
     measured, evaluate = [], evaluation.evaluate
     monkeypatch.setattr(evaluation, "evaluate",
-                        lambda *args: measured.append(len(args[3])) or evaluate(*args))
+                        lambda *args, **options: measured.append(len(args[3]))
+                        or evaluate(*args, **options))
     table = ("--steps", 1, "--eval-problems", 2, "--eval-samples", 2)
     assert go(base, "--loss", "rloo", "--name", "first", *table) == 0
     text = capsys.readouterr().out

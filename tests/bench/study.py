@@ -225,7 +225,7 @@ def run_one(out, name, results):
         task = make_task(args)
         problems = task.held_out_problems(2 * PROBLEMS)[part]
         return evaluation.evaluate(policy, tokenizer, task, problems, SAMPLES, args.max_new_tokens,
-                                   float(temperature), torch.Generator().manual_seed(0))
+                                   float(temperature))
 
     def validation(policy):
         """{k, or WEIGHTED: Pass@k on the validation problems}."""

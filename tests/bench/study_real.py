@@ -111,8 +111,7 @@ def run_one(args, name):
     line |= {"samples": SAMPLES.get(int(seed), FRESH_SAMPLES), "c": {}, "means": {}}
     for temperature in ("0.7",) if seed == "0" else FRESH_TEMPERATURES:
         records = evaluation.evaluate(policy, tokenizer, judge, problems, line["samples"],
-                                      parsed.max_new_tokens, float(temperature),
-                                      torch.Generator().manual_seed(0))
+                                      parsed.max_new_tokens, float(temperature))
         line["c"][temperature] = [record["c"] for record in records]
         means = {key: [r[key] for r in records if r[key] is not None]
                  for key in ("distinct", "sigma", "parsed", "tokens")}
