@@ -310,6 +310,103 @@ def figure(file, panels):
     plt.close(drawn)
 
 
+# -------------------------------------------------------------------------------- during training
+
+TRACKED, TRACKED_ANSWERS = 128, 16     # held-out problems that --eval-every measures, answers each
+
+
+def progress(step, task, rollout, rewards, group_size):
+    """The columns that say how the policy is doing; the rows of all processes count."""
+    def share(x):
+        return whole_batch(x.float()).mean().item()
+
+    device = rewards.device
+    forms = [task.canonical(text) for text in rollout.texts]                # None where none parses
+    groups = rewards.view(-1, group_size)
+    line = {"step": step, "reward": share(rewards), "solved": share((groups == 1).any(1))}
+    if task.several_answers:
+        # Two answers are one where they differ by order or brackets only: 1+2 and (2+1).
+        correct = [form if reward == 1 else None for form, reward in zip(forms, rewards.tolist())]
+        distinct = [len({*correct[i:i + group_size]} - {None})
+                    for i in range(0, len(correct), group_size)]
+        line["distinct"] = share(torch.tensor(distinct, device=device))
+    return line | {"equal": share((groups == groups[:, :1]).all(1)),
+                   "parsed": share(torch.tensor([form is not None for form in forms],
+                                                device=device)),
+                   "length": share(rollout.mask.sum(1)), "cut": share(~rollout.finished)}
+
+
+def held_out(this, args, step):
+    """Every --eval-every steps the tracked problems are measured -> columns; else None in them."""
+    names = {"Pass@1": "held_out_1", f"Pass@{TRACKED_ANSWERS}": f"held_out_{TRACKED_ANSWERS}"}
+    if this.test_task.several_answers:
+        names["distinct"] = "held_out_distinct"
+    if not this.tracked_problems or step % args.eval_every:
+        return dict.fromkeys(names.values())
+    found = columns(evaluate(
+        this.policy, this.tokenizer, this.test_task, this.tracked_problems, TRACKED_ANSWERS,
+        args.max_new_tokens, args.temperature, rows=args.rows))
+    say(f"step {step}, held-out problems: " + ", ".join(f"{name} {found[name].mean():.1f}"
+                                                        for name in names))
+    return {short: float(found[name].mean()) for name, short in names.items()}
+
+
+# ------------------------------------------------------------------- the table at the end of a run
+
+def compare(this, args):
+    """The table at the end: the base, this run, and every finished run beside it that was measured
+    alike, on the same held-out problems. What was measured before is read from eval.json."""
+    marks = in_first(lambda: {"base": fingerprint(this.base),
+                              args.name: fingerprint(this.folder / "model")})
+    # All that a number in the table depends on, apart from the model.
+    setting = {key: getattr(args, key) for key in SETTING} | {
+        "stop": args.stop, "dtype": str(this.dtype), "n": args.eval_samples,
+        "temperature": args.eval_temperature, "problems": [list(x) for x in this.test_problems],
+        "base": marks["base"]}
+    known = in_first(lambda: measured_alike(this.folder.parent, setting))
+    if args.name in known and known[args.name]["fingerprint"] != marks[args.name]:
+        del known[args.name]                           # it went on since
+    policy = this.policy
+    for name in (args.name, "base"):
+        if name not in known:
+            policy = policy or policy_module.load(this.base, this.device, this.dtype, args.stop)[0]
+            known[name] = {"fingerprint": marks[name], "loss": args.loss,
+                           "records": evaluate(
+                               policy, this.tokenizer, this.test_task, this.test_problems,
+                               args.eval_samples, args.max_new_tokens, args.eval_temperature,
+                               rows=args.rows)}
+        policy = this.policy = None                    # one model at a time
+    if rank() > 0:
+        return
+    order = ["base", *(name for name in known if name not in marks), args.name]
+    results = {name: known[name]["records"] for name in order}
+    write_json(this.folder / "eval.json", {"setting": setting, "flags": vars(args),
+                                           "models": {name: known[name] for name in marks}})
+    print(f"{args.task}: {len(this.test_problems)} held-out problems, {args.eval_samples} samples "
+          f"each, temperature {args.eval_temperature:g}")
+    print_table(summary(results))
+    print(most_changed(this.test_task, this.test_problems, results["base"],
+                                  results[args.name], args.name))
+    print(f"log, model and table are in {this.folder}")
+    # Suggest the other half of the comparison if it has not been run.
+    other = "diffsmooth" if args.loss == "grpo" else "grpo"
+    if other not in (model["loss"] for model in known.values()):
+        print(f"To read it against {other}, on the same problems: python train.py --loss {other}")
+
+
+def measured_alike(folder, setting):
+    """{name: {"fingerprint", "loss", "records"}} of the base and of every run in `folder` that was
+    measured with this setting."""
+    wanted, found = json.dumps(setting), {}
+    for file in sorted(folder.glob("*/eval.json")):
+        try:
+            seen = json.loads(file.read_text())
+            found |= seen["models"] if json.dumps(seen["setting"]) == wanted else {}
+        except (ValueError, KeyError, TypeError, OSError):     # another program's, or cut in half
+            continue
+    return found
+
+
 # ---------------------------------------------------------------------------------------- the flags
 
 def parse(argv):
@@ -453,8 +550,8 @@ def task_for_all(args, folders, runs):
         leave_out_too_long(task, tokenizers[name], model, args.max_new_tokens)
     if args.task == "math":
         leave_out_trained(task, runs)
-    for note in (notes + task.notes) * (rank() == 0):
-        print(note)
+    for note in notes + task.notes:
+        say(note)
     problems = task.held_out_problems(args.problems)
     if not problems:
         raise UserError(f"'{args.data}' holds no problem to evaluate on.")
@@ -696,6 +793,11 @@ def leave(code):
 def own_prompts(prompts):
     """Which of a batch's prompts this process answers: a slice; all of them if it is alone."""
     return slice(rank() * prompts // world(), (rank() + 1) * prompts // world())
+
+
+def say(text):
+    if rank() == 0:
+        tqdm.write(text)
 
 
 def whole_batch(x):

@@ -23,6 +23,7 @@ import copy
 import csv
 import functools
 import inspect
+import itertools
 import json
 import math
 import os
@@ -79,10 +80,10 @@ def run(args):
                 break
 
         # 3. Measure held-out problems every so often, write down what happened, and save.
-        line = progress(step, this.task, rollout, rewards, args.group_size)
+        line = evaluation.progress(step, this.task, rollout, rewards, args.group_size)
         line |= {name: value for name, value in stats.items() if not name.startswith("bad")}
         line |= {"lr": lr} | costs(rollout, sampled - began, time.time() - sampled)
-        line |= held_out(this, args, step)
+        line |= evaluation.held_out(this, args, step)
         report(this, args, line, this.task.prompt(problems[0]), rollout.texts[0], rewards[0])
         note_bad_steps(this, step, stats, rollout, rows)
         stopped = asked_to_stop(this)                  # by Ctrl-C: the step is finished first
@@ -194,10 +195,9 @@ def train_step(policy, optimizer, rollout, rewards, loss_fn, group_size, *, temp
 # ------------------------------------------- a first reading ends here; below: what serves the loop
 
 import signal
-from eval import in_first, rank, shard, start_processes, whole, world
+from eval import TRACKED, in_first, rank, say, shard, start_processes, whole, world
 
 BAD_STEPS = 3                 # this many steps in a row with a NaN or infinite gradient end the run
-TRACKED, TRACKED_ANSWERS = 128, 16     # held-out problems that --eval-every measures, answers each
 AGAIN = "the same command with --resume goes on."
 # What --resume lets one change: the run's length, what cures a NaN or a lack of memory, and what is
 # shown, measured or saved.
@@ -245,11 +245,6 @@ def prepare(args):
     return this
 
 
-def say(text):
-    if rank() == 0:
-        tqdm.write(text)
-
-
 def finish(this, args):
     """Save the model, and make the table -> exit code."""
     # From here on nothing can be lost: Ctrl-C ends the process at once.
@@ -258,7 +253,7 @@ def finish(this, args):
     this.optimizer.zero_grad()
     this.reference = this.optimizer = None             # their memory is for the table now
     if args.eval_problems:
-        compare(this, args)
+        evaluation.compare(this, args)
     return 0
 
 
@@ -288,7 +283,7 @@ def make_optimizer(policy, lr):
                              fused=world() == 1)
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(torch.optim.AdamW):
     """Momentum whose step is made orthogonal for the matrices of the blocks (Jordan et al. 2024),
     so that rare directions learn as fast as common ones; AdamW at 0.4 of the rate for all else.
 
@@ -297,28 +292,23 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(self, policy, lr):
+        super().__init__(policy.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.0)
         # The embedding is a table of rows, not a map: its step is AdamW's.
-        matrices = [w for w in policy.model.layers.parameters() if w.dim() == 2]
-        chosen = {id(w) for w in matrices}
-        super().__init__(matrices, {"lr": lr})
-        self.others = torch.optim.AdamW([w for w in policy.parameters() if id(w) not in chosen],
-                                        betas=(0.9, 0.95), weight_decay=0.0)
-
-    def zero_grad(self):
-        super().zero_grad()
-        self.others.zero_grad()
+        self.matrices = [w for w in policy.model.layers.parameters() if w.dim() == 2]
 
     @torch.no_grad()
     def step(self):
         lr = self.param_groups[0]["lr"]
-        for w in self.param_groups[0]["params"]:
+        for w in self.matrices:
             momentum = self.state[w].setdefault("momentum", torch.zeros_like(w))
             momentum.lerp_(w.grad, 0.05)               # a mean of some twenty gradients
             update = orthogonal(w.grad.lerp(momentum, 0.95))                # Nesterov's look ahead
             size = 0.2 * max(w.shape) ** 0.5           # an entry moves as far as with AdamW
             w.mul_(1 - 0.1 * lr).sub_(update, alpha=size * lr)
-        set_rate(self.others, 0.4 * lr)
-        self.others.step()
+            w.grad = None                              # AdamW leaves it alone then
+        set_rate(self, 0.4 * lr)
+        super().step()
+        set_rate(self, lr)
 
 
 def orthogonal(x):
@@ -398,27 +388,6 @@ SHOWN = {"step": "8d", "reward": "8.3f", "solved": "8.2f", "distinct": "8.2f", "
          "grad_norm": "9.2f"}
 
 
-def progress(step, task, rollout, rewards, group_size):
-    """The columns that say how the policy is doing; the rows of all processes count."""
-    def share(x):
-        return whole_batch(x.float()).mean().item()
-
-    device = rewards.device
-    forms = [task.canonical(text) for text in rollout.texts]                # None where none parses
-    groups = rewards.view(-1, group_size)
-    line = {"step": step, "reward": share(rewards), "solved": share((groups == 1).any(1))}
-    if task.several_answers:
-        # Two answers are one where they differ by order or brackets only: 1+2 and (2+1).
-        correct = [form if reward == 1 else None for form, reward in zip(forms, rewards.tolist())]
-        distinct = [len({*correct[i:i + group_size]} - {None})
-                    for i in range(0, len(correct), group_size)]
-        line["distinct"] = share(torch.tensor(distinct, device=device))
-    return line | {"equal": share((groups == groups[:, :1]).all(1)),
-                   "parsed": share(torch.tensor([form is not None for form in forms],
-                                                device=device)),
-                   "length": share(rollout.mask.sum(1)), "cut": share(~rollout.finished)}
-
-
 def costs(rollout, sampling, updating):
     """Seconds, tokens per second, and the peak of memory so far in GiB (0 where no one tells)."""
     peak = 0
@@ -431,21 +400,6 @@ def costs(rollout, sampling, updating):
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return {"sample_s": sampling, "update_s": updating, "memory_gb": peak / 2 ** 30,
             "tokens_s": int(rollout.mask.sum()) * world() / (sampling + updating)}
-
-
-def held_out(this, args, step):
-    """Every --eval-every steps the tracked problems are measured -> columns; else None in them."""
-    names = {"Pass@1": "held_out_1", f"Pass@{TRACKED_ANSWERS}": f"held_out_{TRACKED_ANSWERS}"}
-    if this.test_task.several_answers:
-        names["distinct"] = "held_out_distinct"
-    if not this.tracked_problems or step % args.eval_every:
-        return dict.fromkeys(names.values())
-    columns = evaluation.columns(evaluation.evaluate(
-        this.policy, this.tokenizer, this.test_task, this.tracked_problems, TRACKED_ANSWERS,
-        args.max_new_tokens, args.temperature, rows=args.rows))
-    say(f"step {step}, held-out problems: " + ", ".join(f"{name} {columns[name].mean():.1f}"
-                                                        for name in names))
-    return {short: float(columns[name].mean()) for name, short in names.items()}
 
 
 def report(this, args, line, prompt, answer, reward):
@@ -725,8 +679,7 @@ def newest_whole(folder):
             damaged = f"{file.name} is damaged ({type(error).__name__})"
             say(f"{damaged}: looking for the one before it.")
     if damaged:
-        raise UserError(f"'{folder}' holds no usable checkpoint, {damaged}: start anew under "
-                        "another --name.")
+        raise UserError(f"'{folder}' holds no usable checkpoint, {damaged}: choose another --name.")
     return {}
 
 
@@ -736,62 +689,6 @@ def save_model(policy, tokenizer, path):
     weights = get_model_state_dict(policy, options=options)
     if rank() == 0:
         policy_module.save(policy, tokenizer, path, weights)
-
-
-# ---------------------------------------------------------------------------- the table at the end
-
-def compare(this, args):
-    """The table at the end: the base, this run, and every finished run beside it that was measured
-    alike, on the same held-out problems. What was measured before is read from eval.json."""
-    marks = in_first(lambda: {"base": evaluation.fingerprint(this.base),
-                              args.name: evaluation.fingerprint(this.folder / "model")})
-    # All that a number in the table depends on, apart from the model.
-    setting = {key: getattr(args, key) for key in SETTING} | {
-        "stop": args.stop, "dtype": str(this.dtype), "n": args.eval_samples,
-        "temperature": args.eval_temperature, "problems": [list(x) for x in this.test_problems],
-        "base": marks["base"]}
-    known = in_first(lambda: measured_alike(this.folder.parent, setting))
-    if args.name in known and known[args.name]["fingerprint"] != marks[args.name]:
-        del known[args.name]                           # it went on since
-    policy = this.policy
-    for name in (args.name, "base"):
-        if name not in known:
-            policy = policy or policy_module.load(this.base, this.device, this.dtype, args.stop)[0]
-            known[name] = {"fingerprint": marks[name], "loss": args.loss,
-                           "records": evaluation.evaluate(
-                               policy, this.tokenizer, this.test_task, this.test_problems,
-                               args.eval_samples, args.max_new_tokens, args.eval_temperature,
-                               rows=args.rows)}
-        policy = this.policy = None                    # one model at a time
-    if rank() > 0:
-        return
-    order = ["base", *(name for name in known if name not in marks), args.name]
-    results = {name: known[name]["records"] for name in order}
-    write_json(this.folder / "eval.json", {"setting": setting, "flags": vars(args),
-                                           "models": {name: known[name] for name in marks}})
-    print(f"{args.task}: {len(this.test_problems)} held-out problems, {args.eval_samples} samples "
-          f"each, temperature {args.eval_temperature:g}")
-    evaluation.print_table(evaluation.summary(results))
-    print(evaluation.most_changed(this.test_task, this.test_problems, results["base"],
-                                  results[args.name], args.name))
-    print(f"log, model and table are in {this.folder}")
-    # Suggest the other half of the comparison if it has not been run.
-    other = "diffsmooth" if args.loss == "grpo" else "grpo"
-    if other not in (model["loss"] for model in known.values()):
-        print(f"To read it against {other}, on the same problems: python train.py --loss {other}")
-
-
-def measured_alike(folder, setting):
-    """{name: {"fingerprint", "loss", "records"}} of the base and of every run in `folder` that was
-    measured with this setting."""
-    wanted, found = json.dumps(setting), {}
-    for file in sorted(folder.glob("*/eval.json")):
-        try:
-            seen = json.loads(file.read_text())
-            found |= seen["models"] if json.dumps(seen["setting"]) == wanted else {}
-        except (ValueError, KeyError, TypeError, OSError):     # another program's, or cut in half
-            continue
-    return found
 
 
 # --------------------------------------------------------------------------------------- the flags
@@ -822,24 +719,12 @@ def option(loss, default, text):
         value = text
     if kind is str:
         return text
-    if kind is float and type(value) is int:
-        return float(value)
-    if default is None or type(value) is kind or {kind, type(value)} <= {int, float}:
-        return int(value) if kind is int and value % 1 == 0 else value
+    if kind in (int, float) and type(value) in (int, float):
+        return value if value % 1 else kind(value)
+    if default is None or type(value) is kind:
+        return value
     wanted = {bool: "True or False", tuple: "a tuple such as (1,2)"}.get(kind, "a number")
     raise argparse.ArgumentTypeError(f"losses.{loss} takes {wanted}, not '{text}'")
-
-
-def number(least, text):
-    """What stands behind a flag: a whole number, or where least is None one above 0."""
-    try:
-        value = float(text) if least is None else int(text)
-    except ValueError:
-        value = math.nan
-    if not (0 < value < math.inf if least is None else least <= value < 2 ** 63):
-        wanted = "a number above 0" if least is None else f"a whole number of at least {least}"
-        raise argparse.ArgumentTypeError(f"must be {wanted}, not '{text}'")
-    return value
 
 
 # Group -> flags: name, default, least value of a whole number (None: any above 0), help.
@@ -886,7 +771,7 @@ def parse(argv):
     groups = {title: parser.add_argument_group(title).add_argument for title in NUMBERS}
     for title, flags in NUMBERS.items():
         for name, default, least, meaning in flags:
-            groups[title](f"--{name}", type=functools.partial(number, least), default=default,
+            groups[title](f"--{name}", type=int if least is not None else float, default=default,
                           help=meaning + " (default: %(default)s)" * (default is not None))
     groups["how far and how fast"]("--schedule", choices=["linear", "constant"], default="linear",
                                    help="then it falls to 0 at --steps, or stays")
@@ -936,30 +821,28 @@ def check(args):
         if not ok:
             raise UserError(message)
 
+    for name, _, least, _ in itertools.chain(*NUMBERS.values()):
+        value = getattr(args, name.replace("-", "_"))
+        need(0 < value < math.inf if least is None else least <= value < 2 ** 63,
+             f"--{name} must be {'above 0' if least is None else f'at least {least}'}, not {value}.")
     need(args.model or args.task == "countdown" and args.prompt in (None, "bare"),
-         "the tiny policy knows digits and operators only: --task math and --prompt other than "
-         "bare need --model.")
+         "the tiny policy knows digits and operators only: it does --prompt bare, not --task math.")
     need(args.model or args.warm_steps, "--warm-steps 0 needs --model.")
-    need(args.task == "countdown" or not args.warm_steps, "--warm-steps imitates answers that are "
-         "correct by construction; --task math has none.")
+    need(args.task == "countdown" or not args.warm_steps,
+         "--warm-steps imitates correct answers, and --task math has none.")
     need(args.name != "base" and (args.name != args.base or not args.warm_steps),
          "--name and --base must differ, and no run is called base: it is kept apart.")
     need(args.task == "math" or args.eval_data is None, "--eval-data belongs to --task math.")
     need(args.prompts % args.updates == 0,
          f"--updates {args.updates} does not divide --prompts {args.prompts}.")
-    check_loss(args)
-
-
-def check_loss(args):
-    """A trial call on one group: the loss itself knows best what its options may be."""
+    # A trial call on one group: the loss itself knows best what its options may be.
     options = {name: getattr(args, name) for name in hyperparameters(args.loss)
                if getattr(args, name) is not None}
     logp = torch.full((args.group_size, 1), -1.0)      # answers of one token
     rewards = (torch.arange(args.group_size) == 0).float()
     loss, _ = variants()[args.loss](logp, logp, logp < 0, rewards, args.group_size, entropy=-logp,
                                     ref_logp=logp, **options)
-    if not loss.isfinite():
-        raise UserError(f"the options of --loss {args.loss} make its value {loss}.")
+    need(loss.isfinite(), f"the options of --loss {args.loss} make its value {loss}.")
 
 
 def main(argv=None):

@@ -639,7 +639,7 @@ def test_the_progress_of_a_step_by_hand():
     lengths = torch.tensor([4, 4, 4, 2, 4, 4, 4, 1])
     rollout = argparse.Namespace(texts=texts, mask=torch.arange(4) < lengths[:, None],
                                  finished=torch.arange(8) != 3)
-    line = train.progress(7, Countdown(), rollout, torch.tensor([1., 1, 1, 0, 0, 0, 0, 0]), 4)
+    line = evaluation.progress(7, Countdown(), rollout, torch.tensor([1., 1, 1, 0, 0, 0, 0, 0]), 4)
     assert line == {"step": 7, "reward": 3 / 8, "solved": 1 / 2, "distinct": (2 + 0) / 2,
                     "equal": 1 / 2, "parsed": 6 / 8, "length": 27 / 8, "cut": 1 / 8}
 
