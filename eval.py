@@ -370,11 +370,10 @@ def compare(this, args):
     for name in (args.name, "base"):
         if name not in known:
             policy = policy or policy_module.load(this.base, this.device, this.dtype, args.stop)[0]
-            known[name] = {"fingerprint": marks[name], "loss": args.loss,
-                           "records": evaluate(
-                               policy, this.tokenizer, this.test_task, this.test_problems,
+            records = evaluate(policy, this.tokenizer, this.test_task, this.test_problems,
                                args.eval_samples, args.max_new_tokens, args.eval_temperature,
-                               rows=args.rows)}
+                               rows=args.rows)
+            known[name] = {"fingerprint": marks[name], "loss": args.loss, "records": records}
         policy = this.policy = None                    # one model at a time
     if rank() > 0:
         return
@@ -385,8 +384,8 @@ def compare(this, args):
     print(f"{args.task}: {len(this.test_problems)} held-out problems, {args.eval_samples} samples "
           f"each, temperature {args.eval_temperature:g}")
     print_table(summary(results))
-    print(most_changed(this.test_task, this.test_problems, results["base"],
-                                  results[args.name], args.name))
+    print(most_changed(this.test_task, this.test_problems, results["base"], results[args.name],
+                       args.name))
     print(f"log, model and table are in {this.folder}")
     # Suggest the other half of the comparison if it has not been run.
     other = "diffsmooth" if args.loss == "grpo" else "grpo"
@@ -442,22 +441,18 @@ def parse(argv):
     if not all(0 < temperature < math.inf for temperature in args.temperatures):
         raise UserError("--temperature must be above 0.")
     if args.show and not re.fullmatch(r"[1-9]\d*|\d+(,\d+)+=-?\d+", args.show):
-        raise UserError(f"--show takes a number of problems or one such as 2,3,5,7=17, not "
-                        f"'{args.show}'.")
+        raise UserError(f"--show takes a number, or a problem such as 2,3,5,7=17, not {args.show}.")
     # What can be told now is not told after an hour.
     for flag, file in (("json", args.json), ("plot", args.plot), ("curves", args.curves)):
         path = Path(file or "nothing")
         if path.is_dir() or not path.parent.is_dir():
-            raise UserError(f"--{flag}: '{file}' cannot be written: it must be a file in a folder "
-                            "that exists.")
+            raise UserError(f"--{flag}: '{file}' is no file in a folder that exists.")
         if file and flag != "json":
             if importlib.util.find_spec("matplotlib") is None:
-                raise UserError(f"--{flag} needs matplotlib, which is not among the requirements: "
-                                "pip install matplotlib.")
+                raise UserError(f"--{flag} needs matplotlib: pip install matplotlib.")
             from matplotlib.backend_bases import FigureCanvasBase
             if (path.suffix[1:] or "png") not in FigureCanvasBase.filetypes:
-                raise UserError(f"--{flag}: '{path.suffix[1:]}' is no picture format; png, pdf and "
-                                "svg are some.")
+                raise UserError(f"--{flag}: '{path.suffix[1:]}' is no picture format; png is one.")
     return args
 
 
@@ -481,8 +476,7 @@ def task_of_runs(args):
             setattr(args, key, value)
         folders[name] = Path(name) / "model"
         if not folders[name].is_dir():
-            raise UserError(f"'{name}' has no finished model yet: go on with it by train.py "
-                            "--resume.")
+            raise UserError(f"'{name}' has no model yet: finish it by train.py --resume.")
     args.task = args.task or "countdown"
     return folders, runs
 
@@ -506,6 +500,7 @@ def run(argv=None):
         del policy                                     # its memory is for the next one
     if rank() > 0:
         return
+    summaries = {temperature: summary(records) for temperature, records in results.items()}
     own = "=" in (args.show or "")                     # a problem from the command line, alone
     several = (i for i, problem in enumerate(problems)  # of Math simply the first
                if not task.several_answers or len(task.solutions(problem)) > 2)
@@ -514,10 +509,9 @@ def run(argv=None):
         print(f"{'one problem' if own else f'{len(problems)} held-out problems'}, {args.n} samples "
               f"each, temperature {temperature:g}, seed {args.seed}")
         if not own:
-            print_table(summary(records))
+            print_table(summaries[temperature])
         for i in shown:
             print(answers_of(task, problems[i], {model: records[model][i] for model in records}))
-    summaries = {temperature: summary(records) for temperature, records in results.items()}
     write_json(args.json, {"flags": vars(args), "summary": summaries, "records": results})
     print(f"written: {args.json}")
     if args.plot:

@@ -197,7 +197,6 @@ def train_step(policy, optimizer, rollout, rewards, loss_fn, group_size, *, temp
 import signal
 from eval import TRACKED, in_first, rank, say, shard, start_processes, whole, world
 
-BAD_STEPS = 3                 # this many steps in a row with a NaN or infinite gradient end the run
 AGAIN = "the same command with --resume goes on."
 # What --resume lets one change: the run's length, what cures a NaN or a lack of memory, and what is
 # shown, measured or saved.
@@ -208,7 +207,7 @@ FREE = ("steps", "lr", "micro_batch", "rows", "save_every", "show_every", "eval_
 
 def prepare(args):
     """All that a run needs, in one namespace. What a user can have got wrong is reported here."""
-    device, dtype = start_processes(args.device)       # as many as torchrun started
+    device, dtype = start_processes(args.device)
     this = SimpleNamespace(folder=Path(args.out) / args.name, device=device, dtype=dtype, done=0,
                            bad_steps=0, seconds=[], slow=False, quiet=rank() > 0 or None)
     if args.prompts // args.updates % world():
@@ -246,8 +245,7 @@ def prepare(args):
 
 
 def finish(this, args):
-    """Save the model, and make the table -> exit code."""
-    # From here on nothing can be lost: Ctrl-C ends the process at once.
+    """Save the model, and make the table -> exit code. Ctrl-C loses nothing from here on."""
     on_signal(f"stopped after the last step, all saved; {AGAIN}")
     save_model(this.policy, this.tokenizer, this.folder / "model")
     this.optimizer.zero_grad()
@@ -262,8 +260,7 @@ def finish(this, args):
 def learning_rate(step, args):
     """Step 1, 2, ... -> its rate. It rises to --lr in --warmup steps, and then falls in a straight
     line, to 0 one step after the last. lr 1, warmup 2, steps 5: 0.5, 1, 0.75, 0.5, 0.25."""
-    # Slowly at first, because AdamW's moments are means of few gradients then; and slowly at last,
-    # because at a constant rate the weights go on shaking, and runs of other seeds end far apart.
+    # AdamW's first moments are means of few gradients; its last steps would leave weights shaking.
     warmup = max(1, args.warmup)
     rise = step / warmup
     fall = (args.steps + 1 - step) / max(1, args.steps + 1 - warmup)
@@ -277,8 +274,7 @@ def set_rate(optimizer, lr):
 
 
 def make_optimizer(policy, lr):
-    """AdamW without weight decay."""
-    # 0.95: a second moment of some twenty steps, as the gradients change with what is sampled.
+    """AdamW without weight decay, its second moment over some twenty steps: gradients change."""
     return torch.optim.AdamW(policy.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0,
                              fused=world() == 1)
 
@@ -389,9 +385,8 @@ SHOWN = {"step": "8d", "reward": "8.3f", "solved": "8.2f", "distinct": "8.2f", "
 
 
 def costs(rollout, sampling, updating):
-    """Seconds, tokens per second, and the peak of memory so far in GiB (0 where no one tells)."""
+    """Seconds, tokens per second, and the peak in GiB of the GPU's memory, else the process's."""
     peak = 0
-    # On a GPU its own memory is what runs out, elsewhere the process's.
     if rollout.tokens.is_cuda:
         peak = torch.cuda.max_memory_allocated()
     elif sys.platform != "win32":
@@ -456,10 +451,10 @@ def note_bad_steps(this, step, stats, rollout, rows):
                  for row in stats["bad_rows"][:3]]
         say(f"step {step} is skipped, and nothing moves: loss {stats['loss']}, gradient norm "
             f"{stats['grad_norm']}, caused by {', '.join(named) or 'no row alone'}")
-    if this.bad_steps == BAD_STEPS:
+    if this.bad_steps == 3:
         newest = max((this.folder / "checkpoints").glob("*.pt"), default="none yet")
-        raise UserError(f"{BAD_STEPS} steps in a row gave a NaN or infinite gradient: go on from "
-                        f"the last checkpoint ({newest}) with --resume and a smaller --lr.")
+        raise UserError("three steps in a row gave a NaN or infinite gradient: go on from the last "
+                        f"checkpoint ({newest}) with --resume and a smaller --lr.")
 
 
 def on_signal(sentence, wait=False):
@@ -508,8 +503,8 @@ def start_policy(args, device, dtype):
         raise UserError(f"'{base}' was made with another tokenizer: name another with --base.")
     for key in ("model", "counts", "high", "targets", "prompt"):   # it knows one task
         if made[key] != getattr(args, key):
-            raise UserError(f"'{base}' was warm-started with {key} {made[key]}, not "
-                            f"{getattr(args, key)}: name another base with --base.")
+            raise UserError(f"'{base}' learned {key} {made[key]}, not {getattr(args, key)}: --base "
+                            "names another.")
     return policy, tokenizer, base / "model"
 
 
@@ -529,8 +524,7 @@ def make_base(base, args, device, dtype):
     task = make_task(args)
     # An impossible task is told before anything is written; so is one that teaches wrong answers.
     if not task.reward(*task.example(random.Random(0))):
-        raise UserError(f"--warm-steps imitates bare expressions, which are no answers to --prompt "
-                        f"{args.prompt}: choose bare or ask, or --warm-steps 0.")
+        raise UserError(f"--warm-steps teaches bare expressions, not --prompt {args.prompt}.")
     warm_start(policy, tokenizer, task, args.warm_steps, optimizer, prompts, args.seed, say)
     # Aside first: a killed warm start leaves no half a base, and of two runs that make the same
     # base at the same time the first to end has it.
@@ -556,16 +550,15 @@ def make_tasks(this, policy, args):
             say(note)
     # What the end will need is asked for now: an error there would come after a night.
     this.task.problem(random.Random(0))
-    tracked = TRACKED if args.eval_every else 0
     try:
-        problems = this.test_task.held_out_problems(args.eval_problems + tracked)
+        wanted = args.eval_problems + (TRACKED if args.eval_every else 0)
+        problems = this.test_task.held_out_problems(wanted)
     except ValueError:                                 # a small task has no more
         problems = this.test_task.held_out_problems(args.eval_problems)
     this.test_problems = problems[:args.eval_problems]
     this.tracked_problems = problems[args.eval_problems:]
     if args.eval_problems and not problems:
-        raise UserError(f"'{args.eval_data or args.data}' holds no problem to evaluate on: "
-                        "--eval-problems 0 does without.")
+        raise UserError(f"'{args.eval_data or args.data}' holds no problem to evaluate on.")
     if args.eval_every and not this.tracked_problems:
         say("--eval-every has nothing to measure: all held-out problems are in the last table.")
 
@@ -601,14 +594,13 @@ def open_run(this, args):
 def try_to_save(this, args):
     """What cannot be saved is told now, not after a night; and how much room checkpoints need."""
     policy_module.try_to_save(this.policy, this.tokenizer, this.folder / "model")
-    # fp32 weights and two moments; two checkpoints are kept (a run that goes on has them already),
-    # and a third is being written.
+    # fp32 weights and two moments; two checkpoints are kept, and a third is being written.
     there = len(list((this.folder / "checkpoints").glob("*.pt")))
     size = max(1, 3 - there) * 12 * sum(w.numel() for w in this.policy.parameters()) / 1e9
     free = shutil.disk_usage(this.folder).free / 1e9
     room = f"checkpoints need {size:.1f} GB in '{this.folder}', and {free:.1f} GB are free"
     if size > free:
-        raise UserError(f"{room}: make some, or choose another --out.")
+        raise UserError(f"{room}: choose another --out.")
     if size > 1:
         say(f"{room}; one is written every {args.save_every} steps.")
 
@@ -659,8 +651,7 @@ def load_checkpoint(folder, policy, optimizer, rng, generator):
     if len(generators) == world():
         generator.set_state(generators[rank()].clone())
     else:
-        say(f"the run had {len(generators)} processes and has {world()} now: it goes on with other "
-            "draws.")
+        say(f"{len(generators)} processes before, {world()} now: it goes on with other draws.")
     return step
 
 
@@ -694,8 +685,7 @@ def save_model(policy, tokenizer, path):
 # --------------------------------------------------------------------------------------- the flags
 
 def variants():
-    """{name: function} of every loss in losses.py."""
-    # A loss is told from a helper by its first two arguments.
+    """{name: function} of every loss in losses.py: its first arguments are logp and old_logp."""
     return {name: f for name, f in inspect.getmembers(losses, inspect.isfunction)
             if not name.startswith("_")
             and list(inspect.signature(f).parameters)[:2] == ["logp", "old_logp"]}
@@ -781,12 +771,10 @@ def parse(argv):
     flag("--resume", action="store_true", help="go on from the last checkpoint")
     flag("--eval-data", help="math: measure on this file, not on a held-out tenth of --data")
     flag = groups["the machine; less memory: the first two"]
-    flag("--checkpoint-activations", action="store_true", help="compute a layer's inside again in "
-         "the backward pass: for long answers; up to a third slower")
+    flag("--checkpoint-activations", action="store_true", help="for long answers; a third slower")
     flag("--device", help="cuda, cpu or mps; without it, cuda where there is one")
 
-    # Which loss it is decides which other flags there are.
-    # Their names and defaults are read from the function's signature, so a new loss needs no line.
+    # The loss's own flags are read from its function's signature, so a new loss needs no line here.
     known, _ = parser.parse_known_args(argv)
     if known.loss not in variants():
         raise UserError(f"unknown loss '{known.loss}'; these exist: {', '.join(variants())}.")
@@ -804,13 +792,12 @@ def parse(argv):
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         has = ", ".join(f"--{name}" for name in options) or "none"
-        raise UserError(f"'{unknown[0]}' is not a flag, nor an option of loss {known.loss}, which "
+        raise UserError(f"'{unknown[0]}' is not a flag, nor an option of loss {args.loss}, which "
                         f"has: {has}.")
     args.name = args.name or args.loss
-    if args.warm_steps is None:
-        args.warm_steps = 0 if args.model else 500
-    if args.warm_lr is None:
-        args.warm_lr = 2e-4 if args.model else 1e-2
+    for name, tiny, given in (("warm_steps", 500, 0), ("warm_lr", 1e-2, 2e-4)):
+        if getattr(args, name) is None:
+            setattr(args, name, given if args.model else tiny)
     check(args)
     return args
 
@@ -824,7 +811,7 @@ def check(args):
     for name, _, least, _ in itertools.chain(*NUMBERS.values()):
         value = getattr(args, name.replace("-", "_"))
         need(0 < value < math.inf if least is None else least <= value < 2 ** 63,
-             f"--{name} must be {'above 0' if least is None else f'at least {least}'}, not {value}.")
+             f"--{name} must be {'above 0' if least is None else f'{least} or more'}, not {value}.")
     need(args.model or args.task == "countdown" and args.prompt in (None, "bare"),
          "the tiny policy knows digits and operators only: it does --prompt bare, not --task math.")
     need(args.model or args.warm_steps, "--warm-steps 0 needs --model.")
@@ -833,8 +820,7 @@ def check(args):
     need(args.name != "base" and (args.name != args.base or not args.warm_steps),
          "--name and --base must differ, and no run is called base: it is kept apart.")
     need(args.task == "math" or args.eval_data is None, "--eval-data belongs to --task math.")
-    need(args.prompts % args.updates == 0,
-         f"--updates {args.updates} does not divide --prompts {args.prompts}.")
+    need(args.prompts % args.updates == 0, "--updates must divide --prompts.")
     # A trial call on one group: the loss itself knows best what its options may be.
     options = {name: getattr(args, name) for name in hyperparameters(args.loss)
                if getattr(args, name) is not None}

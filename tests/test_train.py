@@ -889,7 +889,7 @@ def test_a_model_is_taught_as_it_will_be_asked(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("flags, sentence", [
-    (["--prompt", "think", "--warm-steps", "1"], "no answers to --prompt think"),
+    (["--prompt", "think", "--warm-steps", "1"], "not --prompt think"),
     (["--task", "math", "--data", "{out}.jsonl", "--warm-steps", "1"], "--task math"),
     (["--prompt", "bare", "--warm-steps", "1", "--warm-lr", "0"], "--warm-lr"),
     (["--prompt", "bare", "--warm-steps", "-1"], "--warm-steps")])
