@@ -446,7 +446,7 @@ def parse(argv):
     for flag, file in (("json", args.json), ("plot", args.plot), ("curves", args.curves)):
         path = Path(file or "nothing")
         if path.is_dir() or not path.parent.is_dir():
-            raise UserError(f"--{flag}: '{file}' is no file in a folder that exists.")
+            raise UserError(f"--{flag}: '{file}' cannot be written: no file in an existing folder.")
         if file and flag != "json":
             if importlib.util.find_spec("matplotlib") is None:
                 raise UserError(f"--{flag} needs matplotlib: pip install matplotlib.")

@@ -503,8 +503,8 @@ def start_policy(args, device, dtype):
         raise UserError(f"'{base}' was made with another tokenizer: name another with --base.")
     for key in ("model", "counts", "high", "targets", "prompt"):   # it knows one task
         if made[key] != getattr(args, key):
-            raise UserError(f"'{base}' learned {key} {made[key]}, not {getattr(args, key)}: --base "
-                            "names another.")
+            raise UserError(f"'{base}' was made with {key} {made[key]}, not "
+                            f"{getattr(args, key)}: --base names another.")
     return policy, tokenizer, base / "model"
 
 
@@ -813,7 +813,7 @@ def check(args):
         need(0 < value < math.inf if least is None else least <= value < 2 ** 63,
              f"--{name} must be {'above 0' if least is None else f'{least} or more'}, not {value}.")
     need(args.model or args.task == "countdown" and args.prompt in (None, "bare"),
-         "the tiny policy knows digits and operators only: it does --prompt bare, not --task math.")
+         "without --model there is only --task countdown with --prompt bare.")
     need(args.model or args.warm_steps, "--warm-steps 0 needs --model.")
     need(args.task == "countdown" or not args.warm_steps,
          "--warm-steps imitates correct answers, and --task math has none.")

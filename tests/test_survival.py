@@ -397,7 +397,7 @@ def test_three_bad_steps_in_a_row_end_the_run(base, monkeypatch, capsys):
         patch.setattr(losses, "grpo", poisoned({2, 3, 5, 6, 7}, float("nan")))
         assert go(base, *flags) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "3 steps in a row" in error, error
+    assert error.count("\n") == 1 and "three steps in a row" in error, error
     assert str(base / "thrice" / "checkpoints" / "0000006.pt") in error, \
         "the last good checkpoint is named"
     assert len(rows(base, "thrice")) == 7, "two bad steps in a row do not end it"
@@ -512,7 +512,7 @@ BAD = {  # command line -> what the one sentence must say
     "train --loss grpo --targets 9 1 --base new": "targets must be a pair",
     "train --loss grpo --targets 9": "--targets: expected 2 arguments",
     "train --loss grpo --targets 900 901 --base new": "widen targets",
-    "train --loss grpo --updates 3": "--updates 3 does not divide",
+    "train --loss grpo --updates 3": "--updates must divide --prompts",
     "train --loss grpo --eval-problems 99999": "held-out problems found",
     "train --loss passk --k 99": "k = 99 must be between 1 and the group size 8",
     "train --loss passk --k 2.5": "k = 2.5 must be",
@@ -525,8 +525,8 @@ BAD = {  # command line -> what the one sentence must say
     "train --loss grpo --device quantum": "--device quantum is not available",
     "train --loss grpo --device meta": "--device meta is not available",
     # what it starts from
-    "train --loss grpo --counts 3": "was warm-started with counts [2], not [3]",
-    "train --loss grpo --high 5": "was warm-started with high 4, not 5",
+    "train --loss grpo --counts 3": "/base' was made with counts [2], not [3]: --base",
+    "train --loss grpo --high 5": "was made with high 4, not 5",
     "train --loss grpo --model no/such/model": "no/such/model",
     "train --loss grpo --model {out}/notes": "notes' (a folder here, or a name on",
     "train --loss grpo --model {out}/empty": "empty' (a folder here, or a name on",
@@ -545,8 +545,8 @@ BAD = {  # command line -> what the one sentence must say
     "train --loss grpo --eval-every no": "--eval-every",
     "train --loss grpo --schedule cosine": "--schedule: invalid choice",
     # the task and its data
-    "train --loss grpo --task math": "need --model",
-    "train --loss grpo --prompt think": "need --model",
+    "train --loss grpo --task math": "without --model there is only --task countdown",
+    "train --loss grpo --prompt think": "without --model there is only",
     "train --loss grpo --data x.jsonl": "Cannot read x.jsonl",
     "train --loss grpo --verifier ours": "belongs to --task math",
     "train --loss grpo --eval-data x.jsonl": "--eval-data belongs to --task math",
@@ -576,14 +576,14 @@ BAD = {  # command line -> what the one sentence must say
     "eval no/such/model": "no/such/model",
     "eval {out}/notes": "notes' (a folder here, or a name on the hub) is missing",
     "eval {out}/torn": "flags.json is missing or damaged",
-    "eval {out}/unfinished": "has no finished model yet",
+    "eval {out}/unfinished": "has no model yet: finish it by train.py --resume",
     "eval {out}/taken {out}/longer": "was trained with max_new_tokens 9, a run before it with 8",
     "eval {out}/halved": "halved' (safetensors only",
     **{f"eval {{out}}/taken --{flag} {value}": f"--{flag}"
        for flag in ("n", "problems", "rows", "temperature", "show")
        for value in ("0", "-1", "many", "nan")},
-    "eval {out}/taken --show 2,3,5,7": "--show takes a number of problems or one such as",
-    "eval {out}/taken --show =17": "--show takes a number of problems or one such as",
+    "eval {out}/taken --show 2,3,5,7": "--show takes a number, or a problem such as",
+    "eval {out}/taken --show =17": "--show takes a number, or a problem such as",
     "eval {out}/empty --curves {out}/x.png": "empty' is no run of train.py",
     "eval {out}/taken --curves {out}/x.xyz": "'xyz' is no picture format",
     "eval {out}/taken --curves {out}/notes": "cannot be written",

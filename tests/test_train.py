@@ -841,9 +841,9 @@ def test_a_model_is_taught_to_answer_once_and_the_base_is_kept(tmp_path, capsys)
     assert go(tmp_path, *flags, "--name", "second", "--steps", 2, "--resume") == 0
     other = model_with(tmp_path / "other")
     assert go(tmp_path, *flags, "--name", "third", "--model", other) == 2
-    assert f"was warm-started with model {model}, not {other}" in capsys.readouterr().err
+    assert f"was made with model {model}, not {other}" in capsys.readouterr().err
     assert go(tmp_path, "--name", "third", "--loss", "grpo", "--steps", 1) == 2
-    assert f"was warm-started with model {model}, not None" in capsys.readouterr().err
+    assert f"was made with model {model}, not None" in capsys.readouterr().err
 
 
 def test_a_model_starts_as_it_is_and_one_that_never_answers_is_told_of(base, tmp_path, capsys):
