@@ -821,8 +821,8 @@ POLICY = [
     (
         "gate and up exchanged",
         (
-            "F.silu(self.gate_proj(x)) * self.up_proj(x)",
-            "F.silu(self.up_proj(x)) * self.gate_proj(x)",
+            "F.silu(mlp.gate_proj(y)) * mlp.up_proj(y)",
+            "F.silu(mlp.up_proj(y)) * mlp.gate_proj(y)",
         ),
         "-k logits and llama and not rope and not biases",
     ),
@@ -853,8 +853,8 @@ POLICY = [
     (
         "a target read in the wrong tile",
         (
-            "torch.where(inside, x.gather(1, column)[:, 0], chosen[rows])",
-            "x.gather(1, column)[:, 0]",
+            "torch.where(inside, x.gather(1, column * inside), 0)[:, 0]",
+            "x.gather(1, column * inside)[:, 0]",
         ),
         "-k tiles_give",
     ),
