@@ -188,8 +188,7 @@ def dr_grpo(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp
 
     Against GRPO: no division by the std, and token losses are summed and divided by a constant,
     max_len, not by the length. train.py passes its --max-new-tokens; a change rescales the rate.
-    Traps: the padded width, which changes from step to step, as the constant; only one of the two.
-    r = (1, 0, 0, 0): A = 0.75, -0.25 three times.
+    Traps: only one of the two; the padded width for max_len: it changes from step to step.
     """
     if max_len < 1:
         raise UserError(f"max_len must be at least 1, not {max_len}.")
@@ -259,13 +258,11 @@ def unlikeliness(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref
     Against GRPO: the likelier a correct answer is, the less it earns. rank is the place of an
     answer in its group, wrong answers included, when sorted by the mean of old_logp over its
     tokens: 0 = least likely, ties in row order. rank_coef 0 is GRPO; the paper calls it beta.
-    Mean old_logp -0.1, -0.5, -0.3, -0.9: ranks 3, 1, 2, 0.
     Trap: in an all-correct group the std cancels rank_coef, and A is -1.53 to 1.53 (G = 8): noise.
     """
     batch = _prepare(logp, old_logp, mask, rewards, group_size, entropy, ref_logp, min_reward=0)
     likelihood = _grouped(_answer_logp(batch, "mean"), group_size)          # (B/G, G)
-    order = likelihood.argsort(dim=1, stable=True)                          # (B/G, G)
-    rank = order.argsort(dim=1).flatten()              # (B,) the inverse of a permutation
+    rank = likelihood.argsort(dim=1, stable=True).argsort(dim=1).flatten()  # (B,)
     r = batch.rewards * (1 - rank_coef * rank / group_size)         # differs from GRPO here only
     advantages = group_advantages(r, group_size)                            # (B,)
     token_loss, clipped = _surrogate(batch, advantages, clip_low, clip_high, beta)  # (B, T)
@@ -354,8 +351,7 @@ def ucpo(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp=No
     Against GRPO: A of each of the c correct answers is multiplied by
     (1 - tau) + tau c (1/q_i) / sum_j (1/q_j), where q is the softmax, over the correct answers, of
     the mean of old_logp over their tokens; the sum over the group stays. tau 0 is GRPO.
-    Trap: means over tokens are close to each other, so q is almost uniform and the effect small:
-    means -0.1 and -0.5 of two correct answers give factors 0.960525 and 1.039475.
+    Trap: means over tokens are close to each other, so q is almost uniform and the effect small.
     """
     batch = _prepare(logp, old_logp, mask, rewards, group_size, entropy, ref_logp, max_reward=1)
     correct = _grouped(batch.rewards == 1, group_size)                      # (B/G, G)
@@ -387,10 +383,8 @@ def focal(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp=N
 
 
 def sft(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp=None):
-    """Cross-entropy: minus the mean of logp over all tokens.
-
-    Against GRPO: rewards, group_size and old_logp are ignored. Compute logp at temperature 1.
-    """
+    """Cross-entropy: minus the mean of logp over all tokens. Against GRPO: rewards, group_size and
+    old_logp are ignored. Compute logp at temperature 1."""
     ones = logp.detach().new_ones(len(logp))                                # (B,)
     batch = _prepare(logp, logp, mask, ones, 1, entropy, ref_logp)
     return _aggregate(-batch.logp, batch.mask, "token_mean"), _stats(batch, ones)
@@ -425,9 +419,7 @@ class _Batch(NamedTuple):
 def _prepare(logp, old_logp, mask, rewards, group_size, entropy, ref_logp,
              min_reward=-math.inf, max_reward=math.inf, k=1):
     """Check the arguments of a loss, set masked entries to 0, detach what is constant -> _Batch.
-
-    NaN on a generated token is not refused: it must show in the loss, so that training can stop.
-    """
+    NaN on a generated token is not refused: it must show in the loss, so that training can stop."""
     if logp.dim() != 2 or 0 in logp.shape:
         raise ValueError(f"logp must be (rows, tokens), not empty, and is {tuple(logp.shape)}.")
     given = {"logp": logp, "old_logp": old_logp.detach()}

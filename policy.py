@@ -4,10 +4,9 @@
     hidden = policy(tokens, mask)                      # (B, T), (B, T) -> (B, T, D)
     logp, entropy = token_logprobs(hidden[:, :-1], policy.head, tokens[:, 1:])
 
-One class covers Llama, Qwen2/2.5, Qwen3 and Mistral/Ministral: they are the same stack (RMSNorm,
-rotary positions, grouped-query attention, SwiGLU) with a few switches that the `transformers`
-config names. Parameters carry their Hugging Face names, so loading is a state-dict copy, and what
-`save` writes opens in `AutoModelForCausalLM`.
+One class covers Llama, Qwen2/2.5, Qwen3 and Mistral/Ministral: one stack (RMSNorm, rotary
+positions, grouped-query attention, SwiGLU) with a few switches that the `transformers` config
+names. Parameters have their Hugging Face names, and what `save` writes opens there.
 
 Parameters are fp32 whatever the compute dtype: with bf16 weights of size 0.02 a step of 1e-6 would
 move only 2 % of them. They are cast where they are used, so bf16 lives inside matmuls only.
@@ -92,8 +91,7 @@ class Policy(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention looks at other positions, then an MLP (SwiGLU) at its own; both are
-    added."""
+    """One layer: attention looks at other positions, then SwiGLU at its own; both are added."""
 
     def __init__(self, config):
         super().__init__()
@@ -185,8 +183,7 @@ def score(policy, rollout, rows, group_size, temperature):
 
     By definition one forward pass of each prompt with its answer. Here each prompt is read once,
     and the answers of its group attend to its keys and values; equal answers are read once, too.
-    Answers go through the model in buckets of similar length, so that little padding is computed,
-    and padding never reaches the head.
+    Answers go through in buckets of similar length: little padding is read, none by the head.
     """
     # The prompts of these rows, each once; prompt_of_row (rows,) says which one a row answers.
     group, prompt_of_row = torch.unique(rows // group_size, return_inverse=True)
@@ -330,8 +327,7 @@ class TokenLogprobs(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, temperature, keep_logits):
         h, w = operands(hidden, weight)                                     # (N, D), (V, D)
         dtype = torch.promote_types(h.dtype, torch.float32)
-        nothing = torch.finfo(dtype).min               # the log-sum-exp of no logits yet
-        lse = torch.full(targets.shape, nothing, dtype=dtype, device=h.device)  # (N,)
+        lse = h.new_full(targets.shape, torch.finfo(dtype).min, dtype=dtype)    # (N,) of no logits
         chosen, entropy, kept = torch.zeros_like(lse), torch.zeros_like(lse), []
         for rows, part in tiles(len(h), len(w), h.device):
             x = logits_of(h[rows], w[part], temperature)                    # (rows, part)
@@ -432,8 +428,8 @@ def logit_gradient(x, column, lse, entropy, g, e, dtype):
     else:
         factor = x.add(entropy[:, None]).mul_(-e[:, None]).sub_(g[:, None])
         x.exp_().mul_(factor)
-    inside = (column >= 0) & (column < x.shape[1])
-    return x.scatter_add_(1, (column * inside)[:, None], (g * inside)[:, None]).to(dtype)
+    here = (column >= 0) & (column < x.shape[1])       # where the target is in this part
+    return x.scatter_add_(1, (column * here)[:, None], (g * here)[:, None]).to(dtype)
 
 
 try:                           # comes with a torch that was built for CUDA

@@ -402,7 +402,7 @@ LOSSES = [
     ),
     (
         "unlikeliness: ranks by the sum",
-        (LIKELIHOOD + "    order", LIKELIHOOD.replace("mean", "sum") + "    order"), CORE,
+        (LIKELIHOOD + "    rank", LIKELIHOOD.replace("mean", "sum") + "    rank"), CORE,
     ),
     ("unlikeliness: order for rank", (".argsort(dim=1).flatten()", ".flatten()"), CORE),
     (
