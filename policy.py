@@ -559,32 +559,31 @@ def load(name_or_path, device="cpu", dtype=torch.float32, stop=()):
     return policy.to(device), tokenizer
 
 
-def load_config(name_or_path):
+def load_config(name):
     """The config of a checkpoint; UserError where it is missing, damaged or quantised."""
-    import transformers
-    transformers.logging.set_verbosity_error()         # what is wrong is said here
-    if Path(name_or_path).is_dir():                    # a download needs its bar
-        transformers.logging.disable_progress_bar()
-    config = readable(
-        f"the config.json of '{name_or_path}' (a folder here, or a name on the hub)",
-        lambda: transformers.AutoConfig.from_pretrained(name_or_path, trust_remote_code=False))
+    from transformers import AutoConfig, logging
+    logging.set_verbosity_error()                      # what is wrong is said here
+    if Path(name).is_dir():                            # a download needs its bar
+        logging.disable_progress_bar()
+    config = readable(f"the config.json of '{name}' (a folder here, or a name on the hub)",
+                      lambda: AutoConfig.from_pretrained(name, trust_remote_code=False))
     if getattr(config, "quantization_config", None):
-        raise UserError(f"'{name_or_path}' is quantised; weights must be fp32, bf16 or fp16.")
+        raise UserError(f"'{name}' is quantised; weights must be fp32, bf16 or fp16.")
     return config
 
 
-def load_tokenizer(name_or_path):
+def load_tokenizer(name):
     """The tokenizer of a checkpoint, with a pad token in any case."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
     from transformers.utils import has_file
     files = "tokenizer.json", "tokenizer.model", "vocab.json"
-    if not any(has_file(name_or_path, file) for file in files):
-        raise UserError(f"'{name_or_path}' has no tokenizer: none of {', '.join(files)}.")
+    if not any(has_file(name, file) for file in files):
+        raise UserError(f"'{name}' has no tokenizer: none of {', '.join(files)}.")
     # AutoTokenizer rebuilds some tokenizers from their vocabulary alone, and then text becomes
     # other ids than the model was trained on. The plain class takes tokenizer.json as it is.
-    kind = PreTrainedTokenizerFast if has_file(name_or_path, files[0]) else AutoTokenizer
-    tokenizer = readable(f"the tokenizer of '{name_or_path}'",
-                         lambda: kind.from_pretrained(name_or_path, trust_remote_code=False))
+    kind = PreTrainedTokenizerFast if has_file(name, files[0]) else AutoTokenizer
+    tokenizer = readable(f"the tokenizer of '{name}'",
+                         lambda: kind.from_pretrained(name, trust_remote_code=False))
     if tokenizer.pad_token is None:                    # masks come from positions: any will do
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer
