@@ -22,7 +22,7 @@ A call sees the whole optimiser batch, computes advantages and denominators from
 writes into its arguments. "Correct" means rewards == 1; 0.1 for the right format is still wrong.
 """
 import math
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 
@@ -102,9 +102,7 @@ def diffsmooth(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_l
     term = torch.where(r == 1, -gamma_p * log_pi, gamma_n * log_pi)         # (B,)
     advantages = group_advantages(r, group_size) + term     # Eq. (6), differs from GRPO here only
     token_loss, clipped = _surrogate(batch, advantages, clip_low, clip_high, beta)  # (B, T)
-    ds_ratio = term.abs().mean() / advantages.abs().mean().clamp(min=EPS)
-    stats = _stats(batch, advantages, clipped, ds_ratio=ds_ratio)
-    return _aggregate(token_loss, batch.mask, agg), stats
+    return _aggregate(token_loss, batch.mask, agg), _stats(batch, advantages, clipped, term)
 
 
 def diffsmooth_reward(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp=None,
@@ -126,10 +124,8 @@ def diffsmooth_reward(logp, old_logp, mask, rewards, group_size, *, entropy=None
     r, term = _grouped(r, group_size), _grouped(term, group_size)           # (B/G, G) each
     advantages = (r + term - (r + term).mean(1, keepdim=True)).flatten()    # differs from GRPO here
     token_loss, clipped = _surrogate(batch, advantages, clip_low, clip_high, beta)  # (B, T)
-    centred = term - term.mean(1, keepdim=True)        # the part of the term in the advantages
-    ds_ratio = centred.abs().mean() / advantages.abs().mean().clamp(min=EPS)
-    stats = _stats(batch, advantages, clipped, ds_ratio=ds_ratio)
-    return _aggregate(token_loss, batch.mask, agg), stats
+    term = term - term.mean(1, keepdim=True)           # the part of it in the advantages
+    return _aggregate(token_loss, batch.mask, agg), _stats(batch, advantages, clipped, term)
 
 
 def entropy(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp=None,
@@ -141,7 +137,6 @@ def entropy(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp
     advantages, -a log pi_old(y|x) added to every A, is diffsmooth with gamma_p = a, gamma_n = -a.
     Traps: `entropy` must have gradient, or the term is a constant; -logp of the samples is not H;
     a coefficient tuned for one agg does not suit another.
-    Uniform over 4 tokens: H = log 4 = 1.386294, so coefficient 0.001 lowers the loss by 0.001386.
     """
     if entropy is None and entropy_coef:
         raise UserError("entropy_coef != 0 needs entropy: that of each next-token distribution.")
@@ -173,10 +168,9 @@ def reinforce(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_lo
 def rloo(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp=None, beta=0.0):
     """RLOO (arXiv 2402.14740): REINFORCE whose baseline is the mean reward of the OTHER answers.
 
-    Against GRPO: leave-one-out mean, no std, no clip, and the answer is one action (its tokens are
-    summed, not averaged). A is G/(G-1) times that of dr_grpo.
+    Against GRPO: no std, no clip, tokens are summed: the answer is one action. A is G/(G-1) times
+    that of dr_grpo. r = (1, 0, 0, 0): A = 1, -1/3 three times.
     Traps: dividing by the length; subtracting the KL after the baseline instead of before it.
-    r = (1, 0, 0, 0): A = 1, -1/3, -1/3, -1/3. G = 1 is refused: there are no other answers.
     """
     if group_size < 2:
         raise UserError(f"rloo compares an answer with the others: group_size {group_size} < 2.")
@@ -194,8 +188,7 @@ def dr_grpo(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp
 
     Against GRPO: no division by the std, and token losses are summed and divided by a constant,
     max_len, not by the length. train.py passes its --max-new-tokens; a change rescales the rate.
-    Traps: dividing by the padded width, which changes from step to step; doing only one of the two.
-    r = (1, 0, 0, 0): A = 0.75, -0.25 three times.
+    Traps: only one of the two; the padded width for max_len: it changes from step to step.
     """
     if max_len < 1:
         raise UserError(f"max_len must be at least 1, not {max_len}.")
@@ -211,10 +204,8 @@ def dapo(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp=No
          clip_low=0.2, clip_high=0.28):
     """DAPO (arXiv 2503.14476): clip-higher and the token-level loss.
 
-    Against GRPO: a wider upper clip and the same weight for every token of the batch, as by
-    grpo(clip_high=0.28, agg="token_mean"); no KL. Its dynamic sampling is a flag of train.py.
+    It is grpo(clip_high=0.28, agg="token_mean"); dynamic sampling is a flag of train.py.
     Trap: the mean of the micro-batches' means is not the mean of the batch.
-    Ratio 1, lengths 2 and 6, A = +1 and -1: loss (-2 + 6) / 8 = +0.5.
     """
     batch = _prepare(logp, old_logp, mask, rewards, group_size, entropy, ref_logp)
     advantages = group_advantages(batch.rewards, group_size)                # (B,)
@@ -230,7 +221,6 @@ def gspo(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp=No
     Against GRPO: the ratio is the geometric mean of the token ratios, so the clip is far narrower;
     a clipped answer has no gradient on any token. At ratio 1 the gradient is that of GRPO.
     Traps: a clip of 0.2 never acts here; the product of the token ratios explodes.
-    logp - old_logp = 0.1, -0.1, 0.3: ratio e^0.1 = 1.105171.
     """
     batch = _prepare(logp, old_logp, mask, rewards, group_size, entropy, ref_logp)
     advantages = group_advantages(batch.rewards, group_size)                # (B,)
@@ -244,24 +234,21 @@ def gspo(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp=No
 
 def cispo(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp=None,
           clip_low=1.0, clip_high=4.0):
-    """CISPO (MiniMax-M1, arXiv 2506.13585): REINFORCE with a clipped importance weight.
+    """CISPO (MiniMax-M1, arXiv 2506.13585): loss = mean over all tokens of -weight A logp.
 
-        loss = mean over all tokens of -weight A logp
-        weight = stop_gradient(clip(ratio, 1 - clip_low, 1 + clip_high))
-
-    Against GRPO: the ratio is a constant weight on logp, so a clipped token keeps its gradient.
+    Against GRPO: the clipped ratio is a constant weight on logp, so a clipped token keeps its
+    gradient: -5 for A = 1, ratio 10, where PPO's clip leaves 0. At ratio 1 it is dapo's.
     The clips are distances from 1: 1 and 4 mean weights in [0, 5], the cap of ScaleRL (arXiv
-    2510.13786); some libraries expect the cap itself. At ratio 1 the gradient is that of dapo.
-    Trap: a weight that has gradient. A = 1, ratio 10: gradient -5, where PPO's clip leaves 0.
+    2510.13786); some libraries expect the cap itself. Trap: a weight that has gradient.
     """
     batch = _prepare(logp, old_logp, mask, rewards, group_size, entropy, ref_logp)
     advantages = group_advantages(batch.rewards, group_size)                # (B,)
     ratio = torch.exp(batch.logp.detach() - batch.old_logp)                 # (B, T), a constant
     weight = ratio.clamp(1 - clip_low, 1 + clip_high)                       # (B, T)
-    capped = ratio != weight                                                # (B, T)
     token_loss = -weight * advantages[:, None] * batch.logp                 # differs from GRPO here
-    stats = _stats(batch, advantages, capped_frac=_aggregate(capped, batch.mask, "token_mean"))
-    return _aggregate(token_loss, batch.mask, "token_mean"), stats          # and here
+    loss = _aggregate(token_loss, batch.mask, "token_mean")                 # and here
+    capped_frac = _aggregate(ratio != weight, batch.mask, "token_mean")
+    return loss, _stats(batch, advantages, capped_frac=capped_frac)
 
 
 def unlikeliness(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp=None,
@@ -272,13 +259,10 @@ def unlikeliness(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref
     answer in its group, wrong answers included, when sorted by the mean of old_logp over its
     tokens: 0 = least likely, ties in row order. rank_coef 0 is GRPO; the paper calls it beta.
     Trap: in an all-correct group the std cancels rank_coef, and A is -1.53 to 1.53 (G = 8): noise.
-    Mean old_logp -0.1, -0.5, -0.3, -0.9, r = (1, 1, 0, 0): ranks 3, 1, 2, 0;
-    A = 0.852801, 1.137068, -0.994934, -0.994934.
     """
     batch = _prepare(logp, old_logp, mask, rewards, group_size, entropy, ref_logp, min_reward=0)
     likelihood = _grouped(_answer_logp(batch, "mean"), group_size)          # (B/G, G)
-    order = likelihood.argsort(dim=1, stable=True)                          # (B/G, G)
-    rank = order.argsort(dim=1).flatten()              # (B,) the inverse of a permutation
+    rank = likelihood.argsort(dim=1, stable=True).argsort(dim=1).flatten()  # (B,)
     r = batch.rewards * (1 - rank_coef * rank / group_size)         # differs from GRPO here only
     advantages = group_advantages(r, group_size)                            # (B,)
     token_loss, clipped = _surrogate(batch, advantages, clip_low, clip_high, beta)  # (B, T)
@@ -292,11 +276,10 @@ def passk(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp=N
     Against GRPO: the best reward of each subset of k answers is normalised over all subsets; A of
     an answer is the mean over the subsets that contain it. k = 1 is GRPO. With c correct answers
     in the group, a subset contains a correct one with probability 1 - C(G-c, k) / C(G, k): pass@k.
-    Traps: A is 0 if no answer is correct, and also as soon as fewer than k answers are wrong.
-    G = 4, k = 2: c = 2 gives 0.447212, -0.447212; c = 1 gives 0.999998, -0.333333.
+    Trap: A is 0 if no answer is correct, and also as soon as fewer than k answers are wrong.
     """
-    _check_k(k, group_size)
-    batch = _prepare(logp, old_logp, mask, rewards, group_size, entropy, ref_logp, max_reward=1)
+    batch = _prepare(logp, old_logp, mask, rewards, group_size, entropy, ref_logp, max_reward=1,
+                     k=k)
     G, C, counts = group_size, math.comb, range(group_size + 1)
     fail = [C(G - c, k) / C(G, k) for c in counts]     # P(no correct answer in a subset)
     fail_if_in = [C(max(G - c - 1, 0), k - 1) / C(G - 1, k - 1) for c in counts]  # with a wrong one
@@ -320,8 +303,8 @@ def pkpo(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp=No
     G = 4, k = 2: c = 2 gives 4/3, c = 1 gives 2. With k = 1, A = r.
     ValueError: as in grpo, with the same agg; a reward is above 1; k is not in 1..group_size.
     """
-    _check_k(k, group_size)
-    batch = _prepare(logp, old_logp, mask, rewards, group_size, entropy, ref_logp, max_reward=1)
+    batch = _prepare(logp, old_logp, mask, rewards, group_size, entropy, ref_logp, max_reward=1,
+                     k=k)
     G, C, counts = group_size, math.comb, range(group_size + 1)
     values = [k * C(G - c, k - 1) / C(G - 1, k - 1) for c in counts]
     right = _by_number_correct(batch, values)                               # (B,)
@@ -334,10 +317,9 @@ def w_reinforce(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_
                 clip_low=0.2, clip_high=0.2, beta=0.0, w_pos=0.1, w_neg=1.0, agg="seq_mean"):
     """W-REINFORCE (arXiv 2506.01347): A = w_pos if correct, -w_neg if wrong.
 
-    Against GRPO: no std, no group; it is (w_pos + w_neg) times reinforce with the baseline
-    w_neg / (w_pos + w_neg). w_pos 1, w_neg 0 is the paper's PSR; 0 and 1 is NSR. The authors drop
-    rows of weight zero; here they stay in the denominator.
-    Trap: NSR lowers probabilities without bound. Whatever the group, A = 0.1 or -1.
+    Against GRPO: no std, no group: (w_pos + w_neg) reinforce with the baseline w_neg / (w_pos +
+    w_neg). 1 and 0 are the paper's PSR, 0 and 1 NSR. The authors drop rows of weight zero; here
+    they stay in the denominator. Trap: NSR lowers probabilities without bound.
     """
     batch = _prepare(logp, old_logp, mask, rewards, group_size, entropy, ref_logp, max_reward=1)
     correct = (batch.rewards == 1).to(batch.logp)                           # (B,) 1 or 0
@@ -352,7 +334,7 @@ def maxrl(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp=N
 
     Against GRPO: divided by the mean, not by the std. The expected gradient is that of the sum of
     pass@j / j, j = 1..G-1, for one-token answers or agg="seq_sum". Rewards must not be negative.
-    r = (1, 0, 0, 0): A = 2.999988 (G - 1), -0.999996 three times. An all-wrong group stays at 0.
+    r = (1, 0, 0, 0): A = 3 (G - 1), -1 three times. An all-wrong group stays at 0.
     """
     batch = _prepare(logp, old_logp, mask, rewards, group_size, entropy, ref_logp, min_reward=0)
     r = _grouped(batch.rewards, group_size)                                 # (B/G, G)
@@ -370,7 +352,6 @@ def ucpo(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp=No
     (1 - tau) + tau c (1/q_i) / sum_j (1/q_j), where q is the softmax, over the correct answers, of
     the mean of old_logp over their tokens; the sum over the group stays. tau 0 is GRPO.
     Trap: means over tokens are close to each other, so q is almost uniform and the effect small.
-    Mean old_logp -0.1, -0.5 of two correct answers: factors 0.960525, 1.039475.
     """
     batch = _prepare(logp, old_logp, mask, rewards, group_size, entropy, ref_logp, max_reward=1)
     correct = _grouped(batch.rewards == 1, group_size)                      # (B/G, G)
@@ -390,7 +371,6 @@ def focal(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp=N
 
     Against GRPO: one factor per group, from its number c of correct answers; focal_gamma 0 is GRPO.
     Trap: mean |A| falls too (by a third at 0.5), so compare with GRPO at a smaller learning rate.
-    r = (1, 1, 0, 0): A = +-0.707105; (1, 0, 0, 0): 1.499997, -0.499999 three times.
     """
     if focal_gamma < 0:
         raise UserError(f"focal_gamma must not be negative, and is {focal_gamma}.")
@@ -403,11 +383,8 @@ def focal(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp=N
 
 
 def sft(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp=None):
-    """Cross-entropy: minus the mean of logp over all tokens.
-
-    Against GRPO: rewards, group_size and old_logp are ignored. Compute logp at temperature 1.
-    logp (-1, -2) and (-3): 2.0; the mean of the rows' means would be 2.25.
-    """
+    """Cross-entropy: minus the mean of logp over all tokens. Against GRPO: rewards, group_size and
+    old_logp are ignored. Compute logp at temperature 1."""
     ones = logp.detach().new_ones(len(logp))                                # (B,)
     batch = _prepare(logp, logp, mask, ones, 1, entropy, ref_logp)
     return _aggregate(-batch.logp, batch.mask, "token_mean"), _stats(batch, ones)
@@ -418,7 +395,6 @@ def rft(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp=Non
 
     Against GRPO: wrong answers are ignored. If no answer is correct, loss and gradient are 0.
     Trap: duplicates of correct answers speed up collapse; to drop them, set their mask rows to 0.
-    logp (-1, -2) correct, (-3) wrong: 1.5.
     """
     batch = _prepare(logp, old_logp, mask, rewards, group_size, entropy, ref_logp, max_reward=1)
     correct = batch.rewards == 1                                            # (B,)
@@ -436,45 +412,43 @@ class _Batch(NamedTuple):
     mask: torch.Tensor                                 # (B, T) bool
     rewards: torch.Tensor                              # (B,) in the dtype of logp
     group_size: int
-    entropy: Optional[torch.Tensor]                    # (B, T) or None
-    ref_logp: Optional[torch.Tensor]                   # (B, T) or None
+    entropy: torch.Tensor = None                       # (B, T)
+    ref_logp: torch.Tensor = None                      # (B, T)
 
 
 def _prepare(logp, old_logp, mask, rewards, group_size, entropy, ref_logp,
-             min_reward=-math.inf, max_reward=math.inf):
+             min_reward=-math.inf, max_reward=math.inf, k=1):
     """Check the arguments of a loss, set masked entries to 0, detach what is constant -> _Batch.
-
-    NaN on a generated token is not refused: it must show in the loss, so that training can stop.
-    """
+    NaN on a generated token is not refused: it must show in the loss, so that training can stop."""
     if logp.dim() != 2 or 0 in logp.shape:
         raise ValueError(f"logp must be (rows, tokens), not empty, and is {tuple(logp.shape)}.")
-    others = {"old_logp": old_logp, "mask": mask, "entropy": entropy, "ref_logp": ref_logp}
-    for name, x in (others | {"rewards": rewards}).items():
+    given = {"logp": logp, "old_logp": old_logp.detach()}
+    if entropy is not None:
+        given["entropy"] = entropy
+    if ref_logp is not None:
+        given["ref_logp"] = ref_logp.detach()
+    for name, x in (given | {"mask": mask, "rewards": rewards}).items():
         shape = logp.shape[:1] if name == "rewards" else logp.shape
-        if x is not None and x.shape != shape:
+        if x.shape != shape:
             raise ValueError(f"{name} must have the shape {tuple(shape)}, not {tuple(x.shape)}.")
     _grouped(rewards, group_size)                      # raises if these are not whole groups
+    if not 1 <= k <= group_size or k % 1:
+        raise UserError(f"k = {k} must be between 1 and the group size {group_size}.")
     generated = mask.bool()
-    logp, entropy = _blank_padding(logp, generated), _blank_padding(entropy, generated)
-    old_logp = _blank_padding(old_logp.detach(), generated)
-    ref_logp = None if ref_logp is None else _blank_padding(ref_logp.detach(), generated)
     rewards = rewards.detach().to(logp.dtype)
+    # Padding becomes 0 before any exp or product: inf * 0 is NaN, also in the gradient.
+    given = {name: torch.where(generated, x, 0) for name, x in given.items()}
     complaints = {
         "mask must hold nothing but 0 and 1.": mask != generated,
         f"rewards must be finite and from {min_reward} to {max_reward}; correct means 1.":
             ~rewards.isfinite() | (rewards < min_reward) | (rewards > max_reward)}
-    for name, x in {"logp": logp, "old_logp": old_logp, "ref_logp": ref_logp}.items():
-        if x is not None:                              # rounding may put a likely token above 0
+    for name, x in given.items():
+        if name != "entropy":                          # rounding may put a likely token above 0
             complaints[f"{name} is above 0 on a generated token: no log-probability."] = x > 1e-4
     found = torch.stack([where.any() for where in complaints.values()]).tolist()   # one GPU sync
     if any(found):
         raise ValueError(list(complaints)[found.index(True)])
-    return _Batch(logp, old_logp, generated, rewards, group_size, entropy, ref_logp)
-
-
-def _blank_padding(x, generated):
-    """x with 0 where mask is 0, before any exp or product: inf * 0 is NaN, also in the gradient."""
-    return None if x is None else torch.where(generated, x, 0)
+    return _Batch(mask=generated, rewards=rewards, group_size=group_size, **given)
 
 
 def _grouped(x, group_size):
@@ -488,11 +462,6 @@ def _by_number_correct(batch, values):
     """For each answer values[c], where c = 0..G answers of its group are correct -> (B,)."""
     c = _grouped(batch.rewards == 1, batch.group_size).sum(1)               # (B/G,)
     return batch.logp.new_tensor(values)[c].repeat_interleave(batch.group_size)
-
-
-def _check_k(k, group_size):
-    if not 1 <= k <= group_size or k % 1:
-        raise UserError(f"k = {k} must be between 1 and the group size {group_size}.")
 
 
 def _answer_logp(batch, reduction):
@@ -521,9 +490,8 @@ def kl(logp, ref_logp, kind="k3"):
 
 def _penalised_rewards(batch, beta):
     """Rewards minus beta times the k1 estimate of each answer's KL; a constant -> (B,)."""
-    if not beta:
-        return batch.rewards
-    return batch.rewards - beta * kl(batch.old_logp, batch.ref_logp, "k1").sum(1)
+    penalty = beta * kl(batch.old_logp, batch.ref_logp, "k1").sum(1) if beta else 0
+    return batch.rewards - penalty
 
 
 def _surrogate(batch, advantages, clip_low, clip_high, beta=0.0):
@@ -575,27 +543,19 @@ def _aggregate(token_loss, mask, agg, max_len=None):
 
 
 @torch.no_grad()
-def _stats(batch, advantages, clipped=None, **more):
-    """The numbers returned with the loss, a dict of floats.
-
-    adv_abs    mean |A|
-    ratio_max  largest exp(logp - old_logp) of any token
-    clip_frac  share of tokens whose gradient the clip removed; `clipped` is (B, T) or (B, 1)
-    kl_old     KL(old policy, current policy) per token, by k3
-    kl         KL(current policy, reference) per token, by k3; only with ref_logp
-    entropy    mean over tokens; only with entropy
-    and what a loss adds in `more`, as 0-dim tensors: ds_ratio = mean |smoothing term| / mean |A|,
-    kept_frac = share of rows kept, capped_frac = share of tokens with a clipped weight.
-    """
+def _stats(batch, advantages, clipped=None, term=None, **more):
+    """The numbers returned with the loss, a dict of floats. clipped: (B, T) or (B, 1) bool; term:
+    the smoothing term; more: what a loss adds, 0-dim tensors."""
     mask, log_ratio = batch.mask, batch.logp - batch.old_logp               # (B, T) each
-    token_numbers = {"clip_frac": torch.zeros_like(mask) if clipped is None else clipped,
-                     "kl_old": kl(batch.old_logp, batch.logp)}              # old drew the tokens
-    if batch.ref_logp is not None:
-        token_numbers["kl"] = kl(batch.logp, batch.ref_logp)
-    if batch.entropy is not None:
-        token_numbers["entropy"] = batch.entropy
     values = {"adv_abs": advantages.abs().mean(),
               "ratio_max": torch.where(mask, log_ratio, -math.inf).amax().exp()}
-    values |= {name: _aggregate(x, mask, "token_mean") for name, x in token_numbers.items()} | more
+    per_token = {"clip_frac": torch.zeros_like(mask) if clipped is None else clipped,
+                 "kl_old": kl(batch.old_logp, batch.logp),     # in this order: old drew the tokens
+                 "kl": None if batch.ref_logp is None else kl(batch.logp, batch.ref_logp),
+                 "entropy": batch.entropy}
+    values |= {name: _aggregate(x, mask, "token_mean")
+               for name, x in per_token.items() if x is not None} | more
+    if term is not None:
+        values["ds_ratio"] = term.abs().mean() / values["adv_abs"].clamp(min=EPS)
     numbers = torch.stack([x.detach().to(log_ratio.dtype) for x in values.values()])
     return dict(zip(values, numbers.tolist()))         # one GPU sync for all

@@ -4,10 +4,9 @@
     hidden = policy(tokens, mask)                      # (B, T), (B, T) -> (B, T, D)
     logp, entropy = token_logprobs(hidden[:, :-1], policy.head, tokens[:, 1:])
 
-One class covers Llama, Qwen2/2.5, Qwen3 and Mistral/Ministral: they are the same stack (RMSNorm,
-rotary positions, grouped-query attention, SwiGLU) with a few switches that the `transformers`
-config names. Parameters carry their Hugging Face names, so loading is a state-dict copy, and what
-`save` writes opens in `AutoModelForCausalLM`.
+One class covers Llama, Qwen2/2.5, Qwen3 and Mistral/Ministral: one stack (RMSNorm, rotary
+positions, grouped-query attention, SwiGLU) with a few switches that the `transformers` config
+names. Parameters have their Hugging Face names, and what `save` writes opens there.
 
 Parameters are fp32 whatever the compute dtype: with bf16 weights of size 0.02 a step of 1e-6 would
 move only 2 % of them. They are cast where they are used, so bf16 lives inside matmuls only.
@@ -15,13 +14,14 @@ move only 2 % of them. They are cast where they are used, so bf16 lives inside m
 Letters: B rows, T new tokens, S tokens seen including the new ones, D width, V vocabulary, N tokens
 in a flat list.
 """
+import contextlib
 import itertools
 import json
 import math
 import os
 import shutil
+from collections import namedtuple
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +46,10 @@ class Policy(nn.Module):
         self.recompute = False                         # see `recomputed`: less memory, more time
         self.windows = sliding_windows(config)         # how far back each layer sees; None: all
         self.stop_ids = sorted(ids_of(config.eos_token_id))    # any of these ends an answer
-        self.model = Decoder(config)
+        self.model = nn.ModuleDict({                   # all but the head, as checkpoints name it
+            "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+            "layers": nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)),
+            "norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.register_buffer("inv_freq", inverse_frequencies(config), persistent=False)
@@ -77,8 +80,7 @@ class Policy(nn.Module):
             positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -T:]        # (B, T)
         angles = positions[..., None, None] * self.inv_freq                # (B, T, 1, head_dim / 2)
         rope = angles.cos().to(self.dtype), angles.sin().to(self.dtype)
-        attend = {window: allowed(mask, T, S, window, tokens.device)
-                  for window in set(self.windows)}
+        attend = {w: allowed(mask, T, S, w, tokens.device) for w in set(self.windows)}
         x = F.embedding(tokens, self.model.embed_tokens.weight).to(self.dtype)  # (B, T, D)
         for layer, block in enumerate(self.model.layers):
             call = recomputed if self.recompute and torch.is_grad_enabled() else Block.__call__
@@ -88,29 +90,24 @@ class Policy(nn.Module):
         return self.model.norm(x)
 
 
-class Decoder(nn.Module):
-    """The part that Hugging Face checkpoints call `model.`: everything but the head."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-
 class Block(nn.Module):
-    """One layer: attention looks at other positions, then the MLP at its own; both are added."""
+    """One layer: attention looks at other positions, then SwiGLU at its own; both are added."""
 
     def __init__(self, config):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        width, inner = config.hidden_size, config.intermediate_size
+        bias = getattr(config, "mlp_bias", False)
+        self.input_layernorm = RMSNorm(width, config.rms_norm_eps)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
+        self.post_attention_layernorm = RMSNorm(width, config.rms_norm_eps)
+        self.mlp = nn.ModuleDict({"gate_proj": Linear(width, inner, bias=bias),
+                                  "up_proj": Linear(width, inner, bias=bias),
+                                  "down_proj": Linear(inner, width, bias=bias)})
 
     def forward(self, x, rope, attend, layer, cache):
         x = x + self.self_attn(self.input_layernorm(x), rope, attend, layer, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        mlp, y = self.mlp, self.post_attention_layernorm(x)
+        return x + mlp.down_proj(F.silu(mlp.gate_proj(y)) * mlp.up_proj(y))
 
 
 class Attention(nn.Module):
@@ -159,11 +156,8 @@ def rotate(x, cos, sin):
 
 
 class KVCache:
-    """Keys and values of the tokens read so far: per layer two tensors (B, kv_heads, S, head_dim).
-
-    Training reads a prompt into one, and all its answers attend to it. The sampler starts from one,
-    and goes on with a cache that does not have to grow (sample.Stepper).
-    """
+    """Keys and values of the tokens read so far, per layer (B, kv_heads, S, head_dim) each. The
+    sampler goes on with arrays that do not have to grow (sample.Stepper)."""
 
     def __init__(self):
         self.keys, self.values = [], []
@@ -189,8 +183,7 @@ def score(policy, rollout, rows, group_size, temperature):
 
     By definition one forward pass of each prompt with its answer. Here each prompt is read once,
     and the answers of its group attend to its keys and values; equal answers are read once, too.
-    Answers go through the model in buckets of similar length, so that little padding is computed,
-    and padding never reaches the head.
+    Answers go through in buckets of similar length: little padding is read, none by the head.
     """
     # The prompts of these rows, each once; prompt_of_row (rows,) says which one a row answers.
     group, prompt_of_row = torch.unique(rows // group_size, return_inverse=True)
@@ -201,7 +194,7 @@ def score(policy, rollout, rows, group_size, temperature):
 
     # The different answers, each once; answer_of_row (rows,) says which one a row gave.
     response, mask, prompt_of, answer_of_row = different_answers(rollout, rows, prompt_of_row)
-    hidden, target, position = [], [], []
+    hidden, position = [], []
     # Four buckets however many answers are equal: sharded processes must forward equally often.
     buckets = mask.sum(1).argsort(descending=True).tensor_split(min(4, len(rows)))
     for bucket in buckets:                             # indices of answers, the longest first
@@ -213,10 +206,9 @@ def score(policy, rollout, rows, group_size, temperature):
         predicting = torch.cat([last[prompts, None], later], dim=1)         # (.., longest, D)
         row, column = mask[bucket, :longest].nonzero(as_tuple=True)
         hidden.append(predicting[row, column])                              # (tokens, D)
-        target.append(response[bucket[row], column])
         position.append(torch.stack([bucket[row], column]))
     row, column = torch.cat(position, dim=1)
-    flat = token_logprobs(torch.cat(hidden), policy.head, torch.cat(target), temperature)
+    flat = token_logprobs(torch.cat(hidden), policy.head, response[row, column], temperature)
     zeros = torch.zeros(mask.shape, device=rows.device)
     return [zeros.index_put((row, column), values)[answer_of_row] for values in flat]
 
@@ -244,21 +236,6 @@ def token_logprobs(hidden, weight, targets, temperature=1.0):
 
 
 # ----------------------- a first reading ends here; below: small parts, tiles, checkpoints, `tiny`
-
-class MLP(nn.Module):
-    """SwiGLU: down(silu(gate x) * up x)."""
-
-    def __init__(self, config):
-        super().__init__()
-        width, inner = config.hidden_size, config.intermediate_size
-        bias = getattr(config, "mlp_bias", False)
-        self.gate_proj = Linear(width, inner, bias=bias)
-        self.up_proj = Linear(width, inner, bias=bias)
-        self.down_proj = Linear(inner, width, bias=bias)
-
-    def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
 
 class RMSNorm(nn.RMSNorm):
     """x / rms(x) * weight over the last dimension, computed in fp32."""
@@ -297,10 +274,7 @@ def allowed(mask, T, S, window, device):
 
 def recomputed(block, x, rope, attend, layer, cache):
     """block(...) that keeps its inputs only: the backward pass computes what is inside once more.
-
-    A second call must not add to the cache again, so each has a cache of its own that begins with
-    what came before, and what it then holds goes out as tensors.
-    """
+    That must not add to the cache again, so each call begins with one of its own."""
     def call(x, *past):
         before = KVCache()
         before.keys, before.values = list(past[:1]), list(past[1:])
@@ -327,21 +301,16 @@ def different_answers(rollout, rows, prompt_of_row):
     the prompt of each (answers,), and which of them each row gave (rows,)."""
     answers = torch.where(rollout.mask[rows], rollout.response[rows], -1)   # (rows, T)
     answers = torch.cat([prompt_of_row[:, None], answers], dim=1).cpu()    # not every device can
-    answers, answer_of_row = torch.unique(answers, dim=0, return_inverse=True)      # compare rows
-    answers, answer_of_row = answers.to(rows.device), answer_of_row.to(rows.device)
-    prompt_of, answers = answers[:, 0], answers[:, 1:]
-    return answers.clamp(min=0), answers >= 0, prompt_of, answer_of_row
+    both = torch.unique(answers, dim=0, return_inverse=True)               # compare rows
+    answers, answer_of_row = (x.to(rows.device) for x in both)
+    return answers[:, 1:].clamp(min=0), answers[:, 1:] >= 0, answers[:, 0], answer_of_row
 
 
 # -------------------------------------------------------------- the log-probabilities, tile by tile
 
-class Memory(NamedTuple):
-    """How many bytes of logits a device may hold at a time."""
-    kept: int                  # up to so many stay for the backward pass; more are computed again
-    tile: int                  # they are made a tile of this size at a time: a CPU's cache,
-    rows: int                  # but of at least so many rows
-
-
+# How many bytes of logits a device may hold: `kept` stay for the backward pass, more are computed
+# again; they are made a `tile` at a time, which fits a CPU's cache, but of at least `rows` rows.
+Memory = namedtuple("Memory", "kept tile rows")
 MEMORY = {"cpu": Memory(256 << 20, 1 << 20, 512), "cuda": Memory(4 << 30, 256 << 20, 8192)}
 
 
@@ -358,19 +327,17 @@ class TokenLogprobs(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, temperature, keep_logits):
         h, w = operands(hidden, weight)                                     # (N, D), (V, D)
         dtype = torch.promote_types(h.dtype, torch.float32)
-        nothing = torch.finfo(dtype).min               # the log-sum-exp of no logits yet
-        lse = torch.full(targets.shape, nothing, dtype=dtype, device=h.device)  # (N,)
-        chosen, entropy = torch.zeros_like(lse), torch.zeros_like(lse)
-        kept = []
+        lse = h.new_full(targets.shape, torch.finfo(dtype).min, dtype=dtype)    # (N,) of no logits
+        chosen, entropy, kept = torch.zeros_like(lse), torch.zeros_like(lse), []
         for rows, part in tiles(len(h), len(w), h.device):
             x = logits_of(h[rows], w[part], temperature)                    # (rows, part)
-            column, inside = column_in(part, targets[rows])
-            chosen[rows] = torch.where(inside, x.gather(1, column)[:, 0], chosen[rows])
-            # The parts of a distribution joined: weights from their log-sum-exp, entropies by the
-            # chain rule.
+            column = targets[rows, None] - part.start  # of the targets, or outside of this part
+            inside = (column >= 0) & (column < x.shape[1])
+            chosen[rows] += torch.where(inside, x.gather(1, column * inside), 0)[:, 0]
+            # Parts of a distribution join by the chain rule: -log of each part's share is a, b.
             more, more_entropy = lse_entropy(x)
             total = torch.logaddexp(lse[rows], more)
-            a, b = total - lse[rows], total - more     # -log of each part's share
+            a, b = total - lse[rows], total - more
             entropy[rows] = (-a).exp() * (entropy[rows] + a) + (-b).exp() * (more_entropy + b)
             lse[rows] = total
             if keep_logits:
@@ -391,7 +358,7 @@ class TokenLogprobs(torch.autograd.Function):
         kept, ctx.kept = ctx.kept[::-1], []            # tiles are overwritten: a second backward
         for rows, part in tiles(len(h), len(w), h.device):     # computes them again
             x = kept.pop() if kept else logits_of(h[rows], w[part], ctx.temperature)
-            dx = logit_gradient(x, targets[rows], part, lse[rows], entropy[rows], g[rows],
+            dx = logit_gradient(x, targets[rows] - part.start, lse[rows], entropy[rows], g[rows],
                                 None if e is None else e[rows], h.dtype)
             if dh is not None:
                 add_product(dh[rows], dx, w[part], ctx.temperature)
@@ -401,8 +368,7 @@ class TokenLogprobs(torch.autograd.Function):
 
 
 def tiles(N, V, device):
-    """(N, V) cut into pieces (slice of rows, slice of the vocabulary), of whole rows where enough
-    of them fit."""
+    """(N, V) cut into (slice of rows, slice of the vocabulary), of whole rows where many fit."""
     limit = MEMORY.get(device.type, MEMORY["cpu"])
     rows = max(1, min(N, max(limit.rows, limit.tile // (4 * V))))
     width = max(1, limit.tile // (4 * rows))
@@ -411,16 +377,14 @@ def tiles(N, V, device):
 
 
 def operands(hidden, weight):
-    """What the matrix products read: bf16 as it comes on a GPU, at least fp32 elsewhere; `weight`
-    in the same dtype."""
+    """Both in the dtype of the products: bf16 as it comes on a GPU, at least fp32 elsewhere."""
     if hidden.device.type != "cuda":
         hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
     return hidden, weight.to(hidden.dtype)
 
 
 def logits_of(h, w, temperature):
-    """h @ w.T / temperature. bf16 operands give fp32 logits: rounding those would shift every
-    log-probability."""
+    """h @ w.T / temperature, fp32 for bf16 operands: rounding would shift every log-probability."""
     if h.dtype in (torch.float32, torch.float64):
         return torch.addmm(h.new_empty(1), h, w.T, beta=0, alpha=1 / temperature)
     x = torch.mm(h, w.T, out_dtype=torch.float32)
@@ -435,13 +399,6 @@ def add_product(total, a, b, temperature):
         total.add_(torch.mm(a, b, out_dtype=total.dtype), alpha=1 / temperature)
 
 
-def column_in(part, targets):
-    """Each target's column in a slice of the vocabulary (rows, 1), 0 where it lies outside; and
-    whether it is inside."""
-    inside = (targets >= part.start) & (targets < part.stop)
-    return torch.where(inside, targets - part.start, 0)[:, None], inside
-
-
 def lse_entropy(x):
     """Log-sum-exp and entropy of each row of x (rows, part), which stays as it is."""
     if by_kernel(x):
@@ -449,21 +406,21 @@ def lse_entropy(x):
         lse_entropy_kernel[(len(x),)](x, lse, entropy, x.shape[1], BLOCK=4096, num_warps=8)
         return lse, entropy
     top = x.amax(1, keepdim=True)
-    below = x - top                                    # entropy from these: no difference of large
-    p = below.exp()                                    # numbers
+    below = x - top                                    # small numbers: little is lost in p * below
+    p = below.exp()
     total = p.sum(1)
     return top[:, 0] + total.log(), total.log() - below.mul_(p).sum(1) / total
 
 
-def logit_gradient(x, targets, part, lse, entropy, g, e, dtype):
-    """The gradient in the logits, g onehot - P (g + e (log P + H)), in `dtype`; written over x
-    where it can be."""
+def logit_gradient(x, column, lse, entropy, g, e, dtype):
+    """g onehot - P (g + e (log P + H)) in `dtype`, written over x where it can be. column (rows,):
+    those of the targets, which may lie outside of x."""
     if by_kernel(x):
         dx = torch.empty_like(x, dtype=dtype)
         upstream = g.contiguous(), (g if e is None else e).contiguous()
         grid = len(x), triton.cdiv(x.shape[1], 4096)
-        logit_gradient_kernel[grid](x, dx, targets - part.start, lse, entropy, *upstream,
-                                    x.shape[1], ENTROPY=e is not None, BLOCK=4096, num_warps=8)
+        logit_gradient_kernel[grid](x, dx, column, lse, entropy, *upstream, x.shape[1],
+                                    ENTROPY=e is not None, BLOCK=4096, num_warps=8)
         return dx
     x.sub_(lse[:, None])                               # log P
     if e is None:
@@ -471,8 +428,8 @@ def logit_gradient(x, targets, part, lse, entropy, g, e, dtype):
     else:
         factor = x.add(entropy[:, None]).mul_(-e[:, None]).sub_(g[:, None])
         x.exp_().mul_(factor)
-    column, inside = column_in(part, targets)
-    return x.scatter_add_(1, column, torch.where(inside, g, 0)[:, None]).to(dtype)
+    here = (column >= 0) & (column < x.shape[1])       # where the target is in this part
+    return x.scatter_add_(1, (column * here)[:, None], (g * here)[:, None]).to(dtype)
 
 
 try:                           # comes with a torch that was built for CUDA
@@ -499,9 +456,8 @@ if triton:
             value = tl.load(x + row * V + column, column < V, -1e30)
             higher = tl.maximum(top, tl.max(value, 0))
             shrink = tl.exp(top - higher)
-            below = value - higher
-            p = tl.exp(below)
-            mean = (mean + total * (top - higher)) * shrink + tl.sum(below * p, 0)
+            p = tl.exp(value - higher)
+            mean = (mean + total * (top - higher)) * shrink + tl.sum((value - higher) * p, 0)
             total = total * shrink + tl.sum(p, 0)
             top = higher
         tl.store(lse + row, top + tl.log(total))
@@ -524,18 +480,18 @@ if triton:
 
 # ------------------------------------------------------------------------------ what a config says
 
-FAMILIES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
-            "mistral": "MistralForCausalLM", "ministral": "MinistralForCausalLM"}
+FAMILIES = "llama", "qwen2", "qwen3", "mistral", "ministral"
 
 
 def refuse_unsupported(config):
     """UserError for an architecture that `Policy` is not."""
-    if config.model_type not in FAMILIES:
-        raise UserError(f"model type '{config.model_type}' is not supported; these are: "
-                        f"{', '.join(FAMILIES)}.")
-    if config.hidden_act not in ("silu", "swish"):
-        raise UserError(f"activation '{config.hidden_act}' is not supported; these architectures "
-                        "use silu.")
+    rope = getattr(config, "rope_parameters", None) or {}
+    for what, value, known in (
+            ("model type", config.model_type, FAMILIES),
+            ("activation", getattr(config, "hidden_act", None), ("silu", "swish")),
+            ("rope scaling", rope.get("rope_type"), ("default", "llama3"))):
+        if value not in known:
+            raise UserError(f"{what} '{value}' is not supported; these are: {', '.join(known)}.")
 
 
 def head_dim(config):
@@ -556,15 +512,11 @@ def sliding_windows(config):
 
 
 def inverse_frequencies(config):
-    """Rotary frequencies (head_dim / 2,): theta^(-2i / head_dim), stretched for the longer context
-    of Llama 3.1."""
+    """Rotary frequencies (head_dim / 2,): theta^(-2i / head_dim), stretched for Llama 3.1."""
     rope, dim = config.rope_parameters, head_dim(config)
     freq = 1.0 / rope["rope_theta"] ** (torch.arange(0, dim, 2, device="cpu").float() / dim)
     if rope["rope_type"] == "default":
         return freq
-    if rope["rope_type"] != "llama3":
-        raise UserError(f"rope scaling '{rope['rope_type']}' is not supported; these are: default, "
-                        "llama3.")
     # Long wavelengths are divided by `factor`, short ones kept, those between blended linearly.
     turns = rope["original_max_position_embeddings"] * freq / (2 * math.pi)
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
@@ -578,9 +530,8 @@ def load(name_or_path, device="cpu", dtype=torch.float32, stop=()):
     """A folder, or a name on the Hugging Face hub -> (policy, tokenizer).
 
     Parameters become fp32; `dtype` is that of the activations (bf16 on a GPU). stop: tokens (as
-    text) that end an answer beside those that the checkpoint names. Nothing but safetensors is
-    read, and no code that comes with a checkpoint is run. UserError for a missing or damaged
-    checkpoint, for what is not one of FAMILIES or quantised, and for weights that do not fit.
+    text) that end an answer beside the checkpoint's own. Only safetensors are read, and no code of
+    a checkpoint is run. UserError for what is missing, damaged, quantised or not in FAMILIES.
     """
     from transformers import AutoModelForCausalLM
     config = load_config(name_or_path)
@@ -604,75 +555,65 @@ def load(name_or_path, device="cpu", dtype=torch.float32, stop=()):
     weights = model.state_dict()                       # a tied head stands in it under two names
     policy.load_state_dict({name: weights[name] for name in policy.state_dict()}, assign=True)
     policy.dtype = dtype
-    more = stop_tokens(name_or_path, tokenizer, stop)
-    policy.stop_ids = sorted(ids_of(config.eos_token_id) | more)
+    policy.stop_ids = sorted({*policy.stop_ids, *stop_tokens(name_or_path, tokenizer, stop)})
     return policy.to(device), tokenizer
 
 
-def load_config(name_or_path):
-    """The config of a checkpoint; UserError where it is missing, damaged, or of quantised weights.
-    """
-    from transformers import AutoConfig
-    from transformers.utils import logging
+def load_config(name):
+    """The config of a checkpoint; UserError where it is missing, damaged or quantised."""
+    from transformers import AutoConfig, logging
     logging.set_verbosity_error()                      # what is wrong is said here
-    if Path(name_or_path).is_dir():                    # a download needs its bar
+    if Path(name).is_dir():                            # a download needs its bar
         logging.disable_progress_bar()
-    config = readable(
-        f"the config.json of '{name_or_path}' (a folder here, or a name on the hub)",
-        lambda: AutoConfig.from_pretrained(name_or_path, trust_remote_code=False))
+    config = readable(f"the config.json of '{name}' (a folder here, or a name on the hub)",
+                      lambda: AutoConfig.from_pretrained(name, trust_remote_code=False))
     if getattr(config, "quantization_config", None):
-        raise UserError(f"'{name_or_path}' is quantised; only fp32, bf16 and fp16 weights can be "
-                        "trained here.")
+        raise UserError(f"'{name}' is quantised; weights must be fp32, bf16 or fp16.")
     return config
 
 
-def load_tokenizer(name_or_path):
+def load_tokenizer(name):
     """The tokenizer of a checkpoint, with a pad token in any case."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
     from transformers.utils import has_file
-    files = ("tokenizer.json", "tokenizer.model", "vocab.json")
-    if not any(has_file(name_or_path, file) for file in files):
-        raise UserError(f"'{name_or_path}' has no tokenizer; transformers would make up an empty "
-                        "one.")
+    files = "tokenizer.json", "tokenizer.model", "vocab.json"
+    if not any(has_file(name, file) for file in files):
+        raise UserError(f"'{name}' has no tokenizer: none of {', '.join(files)}.")
     # AutoTokenizer rebuilds some tokenizers from their vocabulary alone, and then text becomes
     # other ids than the model was trained on. The plain class takes tokenizer.json as it is.
-    kind = PreTrainedTokenizerFast if has_file(name_or_path, files[0]) else AutoTokenizer
-    tokenizer = readable(f"the tokenizer of '{name_or_path}'",
-                         lambda: kind.from_pretrained(name_or_path, trust_remote_code=False))
+    kind = PreTrainedTokenizerFast if has_file(name, files[0]) else AutoTokenizer
+    tokenizer = readable(f"the tokenizer of '{name}'",
+                         lambda: kind.from_pretrained(name, trust_remote_code=False))
     if tokenizer.pad_token is None:                    # masks come from positions: any will do
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer
 
 
-def stop_tokens(name_or_path, tokenizer, more):
+def stop_tokens(name, tokenizer, more):
     """The ids that end an answer: those that the tokenizer and generation_config.json name, the one
     that ends a turn of the chat template, and `more` tokens, given as text."""
     from transformers import GenerationConfig
     from transformers.utils import has_file
-    found = ids_of(tokenizer.eos_token_id)
-    if has_file(name_or_path, "generation_config.json"):
-        generation = readable(f"the generation_config.json of '{name_or_path}'",
-                              lambda: GenerationConfig.from_pretrained(name_or_path))
+    found, vocabulary = ids_of(tokenizer.eos_token_id), tokenizer.get_vocab()
+    if has_file(name, "generation_config.json"):
+        generation = readable(f"the generation_config.json of '{name}'",
+                              lambda: GenerationConfig.from_pretrained(name))
         found |= ids_of(generation.eos_token_id)
-    vocabulary = tokenizer.get_vocab()
     for token in more:
         ids = tokenizer(token, add_special_tokens=False).input_ids
         if token in vocabulary:                        # by its name, that of unknown text included
             ids = [vocabulary[token]]
         elif len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
-            raise UserError(f"'{token}' cannot end an answer: it is not one token of "
-                            f"'{name_or_path}'.")
-        found |= set(ids)
+            raise UserError(f"'{token}' cannot end an answer: it is not one token of '{name}'.")
+        found.update(ids)
     # A base model may have the template of its chat sibling and name another token as its last:
     # what the template writes behind an answer ends it, if it is a token of its own, no mere text.
-    try:
+    with contextlib.suppress(Exception):               # no template; or sample.chat says what it is
         turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "an-answer"}]
         text = tokenizer.apply_chat_template(turns, tokenize=False)
-    except Exception:                                  # no template; or sample.chat says what it is
-        return found
-    behind = text.rpartition("an-answer")[2].strip()
-    ids = tokenizer(behind, add_special_tokens=False).input_ids[:1]
-    return found | (set(ids) & tokenizer.added_tokens_decoder.keys())
+        behind = tokenizer(text.rpartition("an-answer")[2].strip(), add_special_tokens=False)
+        found |= {*behind.input_ids[:1]} & tokenizer.added_tokens_decoder.keys()
+    return found
 
 
 def says_when_it_stops(policy, tokenizer):
@@ -691,11 +632,8 @@ def readable(what, reader):
 
 def save(policy, tokenizer, path, weights=None, file_size="5GB"):
     """Write a folder that `load` and transformers' Auto classes open, those of version 4 as well;
-    it appears whole or not at all, with its weights in files of `file_size` at most.
-
-    weights: {name: tensor} to write in place of the policy's own, where those are sharded over
-    processes.
-    """
+    it appears whole or not at all, its weights in files of `file_size` at most. weights: {name:
+    tensor} in place of the policy's own, where those are sharded over processes."""
     from huggingface_hub import save_torch_state_dict
     from transformers import GenerationConfig
     path, aside = Path(path), Path(path).with_name(Path(path).name + ".tmp")
@@ -704,7 +642,8 @@ def save(policy, tokenizer, path, weights=None, file_size="5GB"):
     weights = policy.state_dict() if weights is None else weights
     save_torch_state_dict(weights, aside, max_shard_size=file_size)
     config, stops, pad = policy.config, policy.stop_ids or None, tokenizer.pad_token_id
-    config.architectures, config.dtype = [FAMILIES[config.model_type]], torch.float32
+    config.architectures = [f"{config.model_type.capitalize()}ForCausalLM"]
+    config.dtype = torch.float32
     config.save_pretrained(aside)
     GenerationConfig(eos_token_id=stops, pad_token_id=pad).save_pretrained(aside)
     if hasattr(tokenizer, "backend_tokenizer"):        # its file would keep the last call's padding
@@ -749,10 +688,7 @@ CHARACTERS = "0123456789+-*/()=, "
 
 
 def tiny(width=128, layers=4, heads=4, kv_heads=2, inner=384, seed=0, characters=CHARACTERS):
-    """A fresh policy of about 1M parameters whose tokens are characters -> (policy, tokenizer).
-
-    An ordinary Llama checkpoint once saved: nothing downstream knows that it is small.
-    """
+    """A fresh Llama of about 1M parameters whose tokens are characters -> (policy, tokenizer)."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, PreTrainedTokenizerFast
     vocab = {token: i for i, token in enumerate(["<pad>", "<eos>", "<unk>", *characters])}

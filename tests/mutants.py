@@ -43,7 +43,6 @@ GROUPED = "r = _grouped(rewards, group_size)"
 DS_TERM = """    term = torch.where(r == 1, -gamma_p * log_pi, gamma_n * log_pi)         # (B,)
     advantages = group_advantages(r, group_size) + term"""
 DS_REWARD = "(r + term - (r + term).mean(1, keepdim=True)).flatten()"
-K1 = 'kl(batch.old_logp, batch.ref_logp, "k1").sum(1)'
 TOKEN_MEAN = "        return token_loss.sum() / lengths.sum().clamp(min=1)\n"
 BONUS = "token_loss = token_loss - entropy_coef * batch.entropy "
 GSPO = "log_ratio = (batch.logp - batch.old_logp).sum(1, keepdim=True) / lengths"
@@ -54,7 +53,7 @@ Q = "q = torch.where(correct, likelihood, -1e9).softmax(1).clamp(min=1e-6)"
 LIKELIHOOD = '_answer_logp(batch, "mean"), group_size)          # (B/G, G)\n'
 TOTAL = "total = batch.old_logp.sum(1) "
 ON = "    generated = mask.bool()\n"
-BLANK = "torch.where(generated, x, 0)\n"
+BLANK = "torch.where(generated, x, 0)"
 KL = "beta * kl(batch.logp, batch.ref_logp)"
 
 LOSSES = [
@@ -124,9 +123,9 @@ LOSSES = [
         "stop token masked", (ON, "    mask = torch.cat([mask[:, 1:], mask[:, :1] * 0], 1)\n" + ON),
         CORE,
     ),
-    ("masked by a product: NaN * 0 is NaN", (BLANK, "x * generated\n"), CARE),
+    ("masked by a product: NaN * 0 is NaN", (BLANK + " for", "x * generated for"), CARE),
     (
-        "NaN on generated tokens masked away too", (BLANK, BLANK.replace("\n", ".nan_to_num(0)\n")),
+        "NaN on generated tokens masked away too", (BLANK + " for", BLANK + ".nan_to_num(0) for"),
         CARE,
     ),
     (
@@ -222,11 +221,11 @@ LOSSES = [
     ),
     # --- constants that must be constant, arguments that must stay
     (
-        "old_logp not detached", ("_blank_padding(old_logp.detach()", "_blank_padding(old_logp"),
+        "old_logp not detached", ('"old_logp": old_logp.detach()', '"old_logp": old_logp'),
         CORE,
     ),
     (
-        "ref_logp not detached", ("_blank_padding(ref_logp.detach()", "_blank_padding(ref_logp"),
+        "ref_logp not detached", ('["ref_logp"] = ref_logp.detach()', '["ref_logp"] = ref_logp'),
         CARE,
     ),
     (
@@ -249,8 +248,8 @@ LOSSES = [
     (
         "padding of old_logp zeroed in place",
         (
-            "_blank_padding(old_logp.detach(), generated)",
-            "old_logp.detach().masked_fill_(~generated, 0)",
+            '"old_logp": old_logp.detach()',
+            '"old_logp": old_logp.detach().masked_fill_(~mask.bool(), 0)',
         ),
         CARE,
     ),
@@ -265,7 +264,7 @@ LOSSES = [
     ),
     (
         "KL in the reward with the wrong sign",
-        ("batch.rewards - beta * " + K1, "batch.rewards + beta * " + K1), CORE,
+        ("return batch.rewards - penalty", "return batch.rewards + penalty"), CORE,
     ),
     (
         "rloo subtracts the KL after the baseline",
@@ -403,7 +402,7 @@ LOSSES = [
     ),
     (
         "unlikeliness: ranks by the sum",
-        (LIKELIHOOD + "    order", LIKELIHOOD.replace("mean", "sum") + "    order"), CORE,
+        (LIKELIHOOD + "    rank", LIKELIHOOD.replace("mean", "sum") + "    rank"), CORE,
     ),
     ("unlikeliness: order for rank", (".argsort(dim=1).flatten()", ".flatten()"), CORE),
     (
@@ -822,8 +821,8 @@ POLICY = [
     (
         "gate and up exchanged",
         (
-            "F.silu(self.gate_proj(x)) * self.up_proj(x)",
-            "F.silu(self.up_proj(x)) * self.gate_proj(x)",
+            "F.silu(mlp.gate_proj(y)) * mlp.up_proj(y)",
+            "F.silu(mlp.up_proj(y)) * mlp.gate_proj(y)",
         ),
         "-k logits and llama and not rope and not biases",
     ),
@@ -854,8 +853,8 @@ POLICY = [
     (
         "a target read in the wrong tile",
         (
-            "torch.where(inside, x.gather(1, column)[:, 0], chosen[rows])",
-            "x.gather(1, column)[:, 0]",
+            "torch.where(inside, x.gather(1, column * inside), 0)[:, 0]",
+            "x.gather(1, column * inside)[:, 0]",
         ),
         "-k tiles_give",
     ),
