@@ -137,6 +137,7 @@ def entropy(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp
     advantages, -a log pi_old(y|x) added to every A, is diffsmooth with gamma_p = a, gamma_n = -a.
     Traps: `entropy` must have gradient, or the term is a constant; -logp of the samples is not H;
     a coefficient tuned for one agg does not suit another.
+    Uniform over 4 tokens: H = log 4 = 1.386294, so coefficient 0.001 lowers the loss by 0.001386.
     """
     if entropy is None and entropy_coef:
         raise UserError("entropy_coef != 0 needs entropy: that of each next-token distribution.")
@@ -168,9 +169,10 @@ def reinforce(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_lo
 def rloo(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp=None, beta=0.0):
     """RLOO (arXiv 2402.14740): REINFORCE whose baseline is the mean reward of the OTHER answers.
 
-    Against GRPO: no std, no clip, tokens are summed: the answer is one action. A is G/(G-1) times
-    that of dr_grpo. r = (1, 0, 0, 0): A = 1, -1/3 three times.
+    Against GRPO: leave-one-out mean, no std, no clip, and the answer is one action (its tokens are
+    summed, not averaged). A is G/(G-1) times that of dr_grpo.
     Traps: dividing by the length; subtracting the KL after the baseline instead of before it.
+    r = (1, 0, 0, 0): A = 1, -1/3, -1/3, -1/3. G = 1 is refused: there are no other answers.
     """
     if group_size < 2:
         raise UserError(f"rloo compares an answer with the others: group_size {group_size} < 2.")
@@ -188,7 +190,8 @@ def dr_grpo(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp
 
     Against GRPO: no division by the std, and token losses are summed and divided by a constant,
     max_len, not by the length. train.py passes its --max-new-tokens; a change rescales the rate.
-    Traps: only one of the two; the padded width for max_len: it changes from step to step.
+    Traps: dividing by the padded width, which changes from step to step; doing only one of the two.
+    r = (1, 0, 0, 0): A = 0.75, -0.25 three times.
     """
     if max_len < 1:
         raise UserError(f"max_len must be at least 1, not {max_len}.")
@@ -204,8 +207,10 @@ def dapo(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp=No
          clip_low=0.2, clip_high=0.28):
     """DAPO (arXiv 2503.14476): clip-higher and the token-level loss.
 
-    It is grpo(clip_high=0.28, agg="token_mean"); dynamic sampling is a flag of train.py.
+    Against GRPO: a wider upper clip and the same weight for every token of the batch, as by
+    grpo(clip_high=0.28, agg="token_mean"); no KL. Its dynamic sampling is a flag of train.py.
     Trap: the mean of the micro-batches' means is not the mean of the batch.
+    Ratio 1, lengths 2 and 6, A = +1 and -1: loss (-2 + 6) / 8 = +0.5.
     """
     batch = _prepare(logp, old_logp, mask, rewards, group_size, entropy, ref_logp)
     advantages = group_advantages(batch.rewards, group_size)                # (B,)
@@ -221,6 +226,7 @@ def gspo(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp=No
     Against GRPO: the ratio is the geometric mean of the token ratios, so the clip is far narrower;
     a clipped answer has no gradient on any token. At ratio 1 the gradient is that of GRPO.
     Traps: a clip of 0.2 never acts here; the product of the token ratios explodes.
+    logp - old_logp = 0.1, -0.1, 0.3: ratio e^0.1 = 1.105171.
     """
     batch = _prepare(logp, old_logp, mask, rewards, group_size, entropy, ref_logp)
     advantages = group_advantages(batch.rewards, group_size)                # (B,)
@@ -234,12 +240,15 @@ def gspo(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp=No
 
 def cispo(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp=None,
           clip_low=1.0, clip_high=4.0):
-    """CISPO (MiniMax-M1, arXiv 2506.13585): loss = mean over all tokens of -weight A logp.
+    """CISPO (MiniMax-M1, arXiv 2506.13585): REINFORCE with a clipped importance weight.
 
-    Against GRPO: the clipped ratio is a constant weight on logp, so a clipped token keeps its
-    gradient: -5 for A = 1, ratio 10, where PPO's clip leaves 0. At ratio 1 it is dapo's.
+        loss = mean over all tokens of -weight A logp
+        weight = stop_gradient(clip(ratio, 1 - clip_low, 1 + clip_high))
+
+    Against GRPO: the ratio is a constant weight on logp, so a clipped token keeps its gradient.
     The clips are distances from 1: 1 and 4 mean weights in [0, 5], the cap of ScaleRL (arXiv
-    2510.13786); some libraries expect the cap itself. Trap: a weight that has gradient.
+    2510.13786); some libraries expect the cap itself. At ratio 1 the gradient is that of dapo.
+    Trap: a weight that has gradient. A = 1, ratio 10: gradient -5, where PPO's clip leaves 0.
     """
     batch = _prepare(logp, old_logp, mask, rewards, group_size, entropy, ref_logp)
     advantages = group_advantages(batch.rewards, group_size)                # (B,)
@@ -259,6 +268,8 @@ def unlikeliness(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref
     answer in its group, wrong answers included, when sorted by the mean of old_logp over its
     tokens: 0 = least likely, ties in row order. rank_coef 0 is GRPO; the paper calls it beta.
     Trap: in an all-correct group the std cancels rank_coef, and A is -1.53 to 1.53 (G = 8): noise.
+    Mean old_logp -0.1, -0.5, -0.3, -0.9, r = (1, 1, 0, 0): ranks 3, 1, 2, 0;
+    A = 0.852801, 1.137068, -0.994934, -0.994934.
     """
     batch = _prepare(logp, old_logp, mask, rewards, group_size, entropy, ref_logp, min_reward=0)
     likelihood = _grouped(_answer_logp(batch, "mean"), group_size)          # (B/G, G)
@@ -276,7 +287,8 @@ def passk(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp=N
     Against GRPO: the best reward of each subset of k answers is normalised over all subsets; A of
     an answer is the mean over the subsets that contain it. k = 1 is GRPO. With c correct answers
     in the group, a subset contains a correct one with probability 1 - C(G-c, k) / C(G, k): pass@k.
-    Trap: A is 0 if no answer is correct, and also as soon as fewer than k answers are wrong.
+    Traps: A is 0 if no answer is correct, and also as soon as fewer than k answers are wrong.
+    G = 4, k = 2: c = 2 gives 0.447212, -0.447212; c = 1 gives 0.999998, -0.333333.
     """
     batch = _prepare(logp, old_logp, mask, rewards, group_size, entropy, ref_logp, max_reward=1,
                      k=k)
@@ -317,9 +329,10 @@ def w_reinforce(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_
                 clip_low=0.2, clip_high=0.2, beta=0.0, w_pos=0.1, w_neg=1.0, agg="seq_mean"):
     """W-REINFORCE (arXiv 2506.01347): A = w_pos if correct, -w_neg if wrong.
 
-    Against GRPO: no std, no group: (w_pos + w_neg) reinforce with the baseline w_neg / (w_pos +
-    w_neg). 1 and 0 are the paper's PSR, 0 and 1 NSR. The authors drop rows of weight zero; here
-    they stay in the denominator. Trap: NSR lowers probabilities without bound.
+    Against GRPO: no std, no group; it is (w_pos + w_neg) times reinforce with the baseline
+    w_neg / (w_pos + w_neg). w_pos 1, w_neg 0 is the paper's PSR; 0 and 1 is NSR. The authors drop
+    rows of weight zero; here they stay in the denominator.
+    Trap: NSR lowers probabilities without bound. Whatever the group, A = 0.1 or -1.
     """
     batch = _prepare(logp, old_logp, mask, rewards, group_size, entropy, ref_logp, max_reward=1)
     correct = (batch.rewards == 1).to(batch.logp)                           # (B,) 1 or 0
@@ -334,7 +347,7 @@ def maxrl(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp=N
 
     Against GRPO: divided by the mean, not by the std. The expected gradient is that of the sum of
     pass@j / j, j = 1..G-1, for one-token answers or agg="seq_sum". Rewards must not be negative.
-    r = (1, 0, 0, 0): A = 3 (G - 1), -1 three times. An all-wrong group stays at 0.
+    r = (1, 0, 0, 0): A = 2.999988 (G - 1), -0.999996 three times. An all-wrong group stays at 0.
     """
     batch = _prepare(logp, old_logp, mask, rewards, group_size, entropy, ref_logp, min_reward=0)
     r = _grouped(batch.rewards, group_size)                                 # (B/G, G)
@@ -352,6 +365,7 @@ def ucpo(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp=No
     (1 - tau) + tau c (1/q_i) / sum_j (1/q_j), where q is the softmax, over the correct answers, of
     the mean of old_logp over their tokens; the sum over the group stays. tau 0 is GRPO.
     Trap: means over tokens are close to each other, so q is almost uniform and the effect small.
+    Mean old_logp -0.1, -0.5 of two correct answers: factors 0.960525, 1.039475.
     """
     batch = _prepare(logp, old_logp, mask, rewards, group_size, entropy, ref_logp, max_reward=1)
     correct = _grouped(batch.rewards == 1, group_size)                      # (B/G, G)
@@ -371,6 +385,7 @@ def focal(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp=N
 
     Against GRPO: one factor per group, from its number c of correct answers; focal_gamma 0 is GRPO.
     Trap: mean |A| falls too (by a third at 0.5), so compare with GRPO at a smaller learning rate.
+    r = (1, 1, 0, 0): A = +-0.707105; (1, 0, 0, 0): 1.499997, -0.499999 three times.
     """
     if focal_gamma < 0:
         raise UserError(f"focal_gamma must not be negative, and is {focal_gamma}.")
@@ -383,8 +398,11 @@ def focal(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp=N
 
 
 def sft(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp=None):
-    """Cross-entropy: minus the mean of logp over all tokens. Against GRPO: rewards, group_size and
-    old_logp are ignored. Compute logp at temperature 1."""
+    """Cross-entropy: minus the mean of logp over all tokens.
+
+    Against GRPO: rewards, group_size and old_logp are ignored. Compute logp at temperature 1.
+    logp (-1, -2) and (-3): 2.0; the mean of the rows' means would be 2.25.
+    """
     ones = logp.detach().new_ones(len(logp))                                # (B,)
     batch = _prepare(logp, logp, mask, ones, 1, entropy, ref_logp)
     return _aggregate(-batch.logp, batch.mask, "token_mean"), _stats(batch, ones)
@@ -395,6 +413,7 @@ def rft(logp, old_logp, mask, rewards, group_size, *, entropy=None, ref_logp=Non
 
     Against GRPO: wrong answers are ignored. If no answer is correct, loss and gradient are 0.
     Trap: duplicates of correct answers speed up collapse; to drop them, set their mask rows to 0.
+    logp (-1, -2) correct, (-3) wrong: 1.5.
     """
     batch = _prepare(logp, old_logp, mask, rewards, group_size, entropy, ref_logp, max_reward=1)
     correct = batch.rewards == 1                                            # (B,)
