@@ -25,10 +25,10 @@ import itertools
 import json
 import random
 import re
-from collections import Counter
+from collections import Counter, namedtuple
+from contextlib import suppress
 from decimal import Decimal
 from fractions import Fraction
-from typing import NamedTuple
 from unicodedata import normalize
 
 MAX_ANSWER = 400               # characters; a longer answer is refused before anything reads it
@@ -199,8 +199,6 @@ class UserError(ValueError):
     """A sentence for the user, who can mend it: a flag, or a file."""
 
 
-# ---------------------------------------------------------------------- making Countdown problems
-
 MAX_TRIES = 100_000            # draws before a setting is called impossible
 # "bare" is for models trained here, "think" the paper's prompt in our words, "ask" for small chat
 # models. The example in "think" is in letters: one in numbers could be copied and be correct.
@@ -216,9 +214,7 @@ STYLES = {
 }
 
 
-class Problem(NamedTuple):
-    numbers: tuple                                     # of int, in the order that the prompt shows
-    target: int
+class Problem(namedtuple("Problem", "numbers target")):    # numbers as the prompt orders them
     identity = property(lambda self: f"{sorted(self.numbers)} {self.target}")    # in any order
 
 
@@ -244,8 +240,7 @@ def draw_example(task, rng, held_out):
     it if its value is an integer in range: a target is as frequent as expressions hit it."""
     if task.held_out == (0 if held_out else 1):
         raise ValueError(f"held_out={task.held_out} leaves no problem in this split.")
-    # The warm start draws 200,000 of these. int(random() * n) is several times faster than
-    # randrange(n) or choice, and its bias, n / 2**53, does not matter here.
+    # A warm start draws 200,000: int(random() * n) is faster than choice; its bias is n / 2**53.
     draw, high, counts, (low, top) = rng.random, task.high, task.counts, task.targets
     for _ in range(MAX_TRIES):
         count = counts[int(draw() * len(counts))]
@@ -264,18 +259,14 @@ def draw_example(task, rng, held_out):
     raise UserError(f"No such problem in {MAX_TRIES} draws: widen targets={task.targets}.")
 
 
-# ---------------------------------------------------------------- the solver and the canonical form
-
-# Where parentheses stay: the operators that a left or right operand may not have unwrapped.
-WRAP = {"+": ("", ""), "-": ("", "+-"), "*": ("+-", "+-"), "/": ("+-", "+-*/")}
-
-
 def render(tree, wrap=""):
     """The tree as text with as few parentheses as possible: ("-", 1, ("-", 2, 3)) is "1-(2-3)"."""
     if isinstance(tree, int):
         return str(tree)
     op, left, right = tree
-    text = render(left, WRAP[op][0]) + op + render(right, WRAP[op][1])
+    # The operators that an operand on the left, and one on the right, may not have unwrapped.
+    wraps = {"+": ("", ""), "-": ("", "+-"), "*": ("+-", "+-"), "/": ("+-", "+-*/")}[op]
+    text = render(left, wraps[0]) + op + render(right, wraps[1])
     return f"({text})" if op in wrap else text
 
 
@@ -337,8 +328,7 @@ def last_boxed(text):
     "\\frac{1}{2}". A box cut off by the end of the text is passed over; a too long one is None."""
     text, start = text.replace("\\boxed {", "\\boxed{"), len(text)
     while (start := text.rfind("\\boxed{", 0, start)) >= 0:
-        inside = text[start + 7:start + 8 + MAX_ANSWER]
-        depth = 1
+        inside, depth = text[start + 7:start + 8 + MAX_ANSWER], 1
         for match in re.finditer(r"\\.|[{}]", inside, re.DOTALL):    # \{ and \} do not count
             depth += {"{": 1, "}": -1}.get(match[0], 0)
             if depth == 0:
@@ -346,13 +336,6 @@ def last_boxed(text):
         if len(inside) > MAX_ANSWER:                   # bounds the loop: earlier boxes are longer
             return None
     return None
-
-
-# "x=", "f(x)=", "AB=", "x \in" and "(x,y)=" at the start of an answer or of each item of a list.
-VARIABLE = re.compile(
-    r"(^|[,;])((?:[a-zA-Z]|[A-Z]{2,3}|\\angle[A-Z]{1,3}|\\(?:alpha|beta|gamma|delta|theta|lambda|mu"
-    r"|phi|varphi|omega))(?:\d|_\w|_\{\w+\})?'?(?:\^\{-1\})?(?:\(\w\))?|\(\w(?:[,;]\w)+\))"
-    r"(?:=|\\in(?![a-z]))", re.ASCII)
 
 
 def normal_form(text):
@@ -365,32 +348,23 @@ def normal_form(text):
     return "", normal_part(text)
 
 
-# What we compare, and the characters and commands that say the same.
-SAME = {
-    "-": "− – ‐ ‑ －", "*": "× · ⋅ ∙ ∗ \\times \\cdot \\ast", "/": "⁄ ∕ ÷ \\div", "^": "**",
-    "(": "（", ")": "）", ",": "，", "'": "′ ’", "<": "\\lt", "<=": "≤ ⩽ \\le \\leq \\leqslant",
-    ">": "\\gt", ">=": "≥ ⩾ \\ge \\geq \\geqslant", "≠": "\\ne \\neq !=", "\\in": "∈",
-    "\\cap": "∩", "∪": "\\cup", "\\emptyset": "∅ \\varnothing", "\\mathbb{R}": "ℝ", "\\pm": "±",
-    "\\infty": "∞ infinity", "\\circ": "∘", "\\{": "\\lbrace", "\\}": "\\rbrace", "\\frac12": "½",
-    "\\frac13": "⅓", "\\frac23": "⅔", "\\frac14": "¼", "\\frac34": "¾", "\\sqrt": "√ sqrt",
-    "\\frac": "\\dfrac \\tfrac \\cfrac \\sfrac \\nicefrac", "\\pi": "π pi", "\\theta": "θ",
-    "\\alpha": "α", "\\beta": "β", "\\lambda": "λ", "\\phi": "φ", "\\omega": "ω", "\\sin": "sin",
-    "\\cos": "cos", "\\tan": "tan", "\\log": "log", "\\ln": "ln", " ": "\\quad \\qquad",
-    "": "° º \\degree \\left \\right \\displaystyle \\textstyle \\limits \\bf \\rm \\it \\mathbf "
-        "\\boldsymbol \\large \\Large",
-}
-ONE_NAME = {other: one for one, others in SAME.items() for other in others.split()}
-
-
-def digits_alone(match):
-    return re.sub(r"[^-+0-9]", "", match[0])
-
-
 def power_of_ten(match):
     """4.5e33 or 4.5*10^{33} as digits alone, exactly."""
     return format(Decimal(f"{match['number'] or 1}e{match['exponent'].strip('{}')}"), "f")
 
 
+# What we compare, then the characters and commands that say the same.
+SAME = r"""
+- − – ‐ ‑ －; * × · ⋅ ∙ ∗ \times \cdot \ast; / ⁄ ∕ ÷ \div; ^ **; ( （; ) ）; , ，; ' ′ ’; < \lt;
+<= ≤ ⩽ \le \leq \leqslant; > \gt; >= ≥ ⩾ \ge \geq \geqslant; ≠ \ne \neq !=; \in ∈; \cap ∩; ∪ \cup;
+\emptyset ∅ \varnothing; \mathbb{R} ℝ; \pm ±; \infty ∞ infinity; \circ ∘; \{ \lbrace; \} \rbrace;
+\frac12 ½; \frac13 ⅓; \frac23 ⅔; \frac14 ¼; \frac34 ¾; \sqrt √ sqrt;
+\frac \dfrac \tfrac \cfrac \sfrac \nicefrac; \pi π pi; \theta θ; \alpha α; \beta β; \lambda λ;
+\phi φ; \omega ω; \sin sin; \cos cos; \tan tan; \log log; \ln ln"""
+ONE_NAME = {other: one for one, *others in map(str.split, SAME.split(";")) for other in others}
+ONE_NAME |= dict.fromkeys(r"\quad \qquad".split(), " ") | dict.fromkeys(
+    r"° º \degree \left \right \displaystyle \textstyle \limits \bf \rm \it \mathbf \boldsymbol "
+    r"\large \Large".split(), "")
 NUMBER = r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
 BRACED = r"\{((?:[^{}]|\{[^{}]*\})*)\}"                # braces in braces, once
 TEXT = r"\\(?:text(?:rm|bf|it|sf|tt|normal)?|mathrm|mbox|emph|operatorname)"
@@ -406,9 +380,8 @@ UNIT = TEXT + (
     r"|lakhs?|crores?|hundreds?|thousands?|[a-z]*illions?|per ?mille?|basis|pp[mb]|one|two|three"
     r"|four|five|six|seven|eight|nine|tens?|eleven|twelve|[a-z]*teen|(?:twen|thir|for|fif|six"
     r"|seven|eigh|nine)ty|st|nd|rd|th|thirds?|[a-z]*(?:four|fif|six|seven|eigh|nin|ten|leven|twelf"
-    r"|teen|tie|hundred|thousand|illion)ths?)\b))[a-zA-Z .'/-]*(?:\^\{?[23]\}?)?\}")
-PLAIN_UNIT = (
-    r"(?:(?:square|cubic|sq\.?) ?)?(?:cm|mm|km|kg|inch(?:es)?|feet|miles|meters|units?|degrees"
+    r"|teen|tie|hundred|thousand|illion)ths?)\b))[a-zA-Z .'/-]*(?:\^\{?[23]\}?)?\}"
+    r"|(?:(?:square|cubic|sq\.?) ?)?(?:cm|mm|km|kg|inch(?:es)?|feet|miles|meters|units?|degrees"
     r"|dollars|cents|years|days|hours|minutes|seconds|percent|pct)")
 
 # Applied in this order. Left: how people write it. Right: the one way we compare. The list only
@@ -429,7 +402,7 @@ REWRITES = [(re.compile(pattern, re.ASCII), by) for pattern, by in [
     (r"\\(?:[bB]igg?[lrm]?|(?:text)?color\{\w+\})(?![a-zA-Z])", ""),
     # blanks and commas that stand in large numbers only: 1\,234, 1{,}234, 1,\! 234, 1 234
     (r"(?<![\w.^])(?<![^\\],)[1-9]\d{0,2}(?:(?:\{,\}|, ?\\! ?|\\!|\\[, ]|[~ ])\d{3})+"
-     r"(?!\d|,\d|(?:\\[, ]|[~ ])*[\d/])", digits_alone),
+     r"(?!\d|,\d|(?:\\[, ]|[~ ])*[\d/])", lambda match: re.sub(r"\D", "", match[0])),
     (r"-0,(?=\d)", "-0{,}"),                           # a decimal comma: -0,5 is not 0 and 5
     (r"(?<!\\)\\[!()\[\]]", ""),
     (r"(?:(?<!\\)\\[,;:> ]|[~ ])+", " "),
@@ -442,7 +415,7 @@ REWRITES = [(re.compile(pattern, re.ASCII), by) for pattern, by in [
     (rf"(?<![\w.\\^}}])(?P<number>{NUMBER})(?:[eE]|{TEXT}\{{[eE]\}})"
      r"(?P<exponent>[-+]?\d{1,3})(?![\w.])", power_of_ten),    # in 2e - 3 it is Euler's number
     # units, at the end and after a number
-    (rf"(?:(?<=[\d}})\]])|(?<=\\pi)) ?(?:{UNIT}|{PLAIN_UNIT})(?:\^\{{?[23]\}}?)?[. ]*$", ""),
+    (rf"(?:(?<=[\d}})\]])|(?<=\\pi)) ?(?:{UNIT})(?:\^\{{?[23]\}}?)?[. ]*$", ""),
     (rf"{TEXT} ?{BRACED}", r" \1 "),
     (r"(?i)(?<=\d) *([ap])\.? ?m\b\.?", lambda match: match[1].lower() + "m"),
     (r"^[^<>≠]*$",                                     # but "x<1 or x>2" is not "x<1 and x>2"
@@ -453,7 +426,8 @@ REWRITES = [(re.compile(pattern, re.ASCII), by) for pattern, by in [
     (r"(?<=\d) ?[xX] ?(?=10 ?\^)", "*"),
     (r"(?<!\d) | (?!\d)", ""),                         # "1 2" stays apart: it is not 12
     # 1,234 where it stands alone, not in (1,234)
-    (r"(?:^|(?<=[;=<>∪]))[-+]?[1-9]\d{0,2}(?:,\d{3})+(?=\.\d|[;=<>∪]|\.?$)", digits_alone),
+    (r"(?:^|(?<=[;=<>∪]))[-+]?[1-9]\d{0,2}(?:,\d{3})+(?=\.\d|[;=<>∪]|\.?$)",
+     lambda match: match[0].replace(",", "")),
     # words that are a whole answer: Yes is yes, but the point A is not the length a
     (r"^((?i:yes|no|true|false|none)|[A-Z][a-z]{3,})[.!]?$", lambda match: match[1].lower()),
     # braces and signs that may be left out
@@ -472,24 +446,26 @@ REWRITES = [(re.compile(pattern, re.ASCII), by) for pattern, by in [
 ]]
 SYMBOLS = r"((?:(?:\\pi|\\sqrt\{\w+\}|[a-zA-Z])(?:\^\w)?)*)"
 TERM = re.compile(             # 0.75, -2\pi, \frac{3}{4}, 1\frac{3}{4}, \frac34\pi, \frac{-3\pi}{4}
-    rf"([-+]?)({NUMBER}?)"
+    rf"(?![-+]?$)([-+]?)({NUMBER}?)"
     rf"(?:\\frac\{{([-+]?)({NUMBER}?){SYMBOLS}\}}\{{([-+]?{NUMBER})\}})?{SYMBOLS}", re.ASCII)
 QUOTIENT = re.compile(         # 3/4, 3\pi/4, \sqrt{3}/2, x/y
     rf"^([-+]?)((?:\d*(?:\\sqrt\{{\w+\}}|\\pi)|\w+)(?:\^\w)?|{NUMBER})"
     rf"/({NUMBER}|[a-zA-Z]|\\pi|\\sqrt\{{\w+\}})$", re.ASCII)
+# "x=", "f(x)=", "AB=", "x \in" and "(x,y)=" at the start of an answer or of each item of a list.
+VARIABLE = re.compile(
+    r"(^|[,;])((?:[a-zA-Z]|[A-Z]{2,3}|\\angle[A-Z]{1,3}|\\(?:alpha|beta|gamma|delta|theta|lambda|mu"
+    r"|phi|varphi|omega))(?:\d|_\w|_\{\w+\})?'?(?:\^\{-1\})?(?:\(\w\))?|\(\w(?:[,;]\w)+\))"
+    r"(?:=|\\in(?![a-z]))", re.ASCII)
 
 
 def normal_term(text):
     """One text for all ways to write a number or a multiple of symbols, exact as a fraction:
     "0.50", "1/2" and "\\frac{1}{2}" give "1/2", and "0.75x" gives "3/4*x"."""
     text = QUOTIENT.sub(r"\1\\frac{\2}{\3}", text)
-    match = TERM.fullmatch(text)
-    if not match:
+    if not (match := TERM.fullmatch(text)):
         return text.replace(";", ",")
     sign, whole, sign_above, top, above, bottom, after = match.groups()
     symbols = (above or "") + after
-    if not (whole or bottom or symbols):
-        return text
     value = Fraction(whole or 1)
     if bottom:
         mixed = whole.isdigit() and not symbols        # 2\frac12x may be a sum or a product
@@ -528,8 +504,7 @@ def normal_part(text):
         return text[0] + ",".join(normal_part(part) for part in inside) + text[-1]
     if inside and text[0] + text[-1] == "()":          # "(5)", "(B)"
         return normal_part(inside[0])
-    matrix = re.fullmatch(r"\\begin\{pmatrix\}(.*?)(?:\\\\)?\\end\{pmatrix\}", text)
-    if matrix:
+    if matrix := re.fullmatch(r"\\begin\{pmatrix\}(.*?)(?:\\\\)?\\end\{pmatrix\}", text):
         rows = [row.split("&") for row in matrix[1].split("\\\\")]
         return f"matrix {[[normal_part(cell) for cell in row] for row in rows]}"
     return "".join(normal_term(part) for part in re.split("(<=|>=|[=<>≠])", text))
@@ -559,9 +534,7 @@ class MathVerify:
             return 0.0
 
 
-class MathProblem(NamedTuple):
-    question: str
-    answer: str                                        # LaTeX or plain
+class MathProblem(namedtuple("MathProblem", "question answer")):    # texts; LaTeX or plain
     identity = property(lambda self: self.question)
 
 
@@ -610,10 +583,9 @@ def share_of(text):
 
 
 class Problems:
-    """The problems of a file, split in two lists in file order, `train` and `held_out`.
-
-    path: see `lines_of`. A problem that comes again is taken once, an object that `read` refuses is
-    left out, and `notes` say how many; UserError where none is left."""
+    """The problems of a file (see `lines_of`), split in two lists in file order, `train` and
+    `held_out`. One that comes again is taken once, an object that `read` refuses is left out, and
+    `notes` say how many; UserError where none is left."""
 
     def __init__(self, path, read, held_out):
         self.path, self.train, self.held_out = path, [], []
@@ -631,9 +603,9 @@ class Problems:
             if first is problem:
                 split = self.held_out if share_of(problem.identity) < held_out else self.train
                 split.append(problem)
-            other = first[1] != problem[1]
+            other_answer = first[1] != problem[1]
             told["repeat an earlier problem: each is used once"] += first is not problem
-            told["give an earlier problem another answer: the first is used"] += other
+            told["give an earlier problem another answer: the first is used"] += other_answer
         if not known:
             raise UserError(f"{path} holds no problems" + (f"; {refused[0]}." if refused else "."))
         if refused:
@@ -658,9 +630,8 @@ class Problems:
 
 
 def countdown_file(task, path):
-    """The Problems of a Countdown file; a note says how many of 500 have no solution."""
+    """The Problems of a Countdown file, and a note if some of 500 short ones have no solution."""
     problems = Problems(path, read_countdown, task.held_out)
-    # That takes seconds with up to four numbers, and far longer with five.
     short = [x for x in problems.train + problems.held_out if len(x.numbers) <= 4]
     tried = random.Random(0).sample(short, min(500, len(short)))
     if lost := sum(not task.solutions(problem) for problem in tried):
@@ -668,34 +639,23 @@ def countdown_file(task, path):
     return problems
 
 
-# How a model writes in its box what files write so.
-BY_A_MODEL = [
-    (r"(?i)^.*\b(?:answer|result)\b(?: is)?:? *|^(?:≈|~|\\approx) *", ""),
-    (r"[\"`]|(?<![\w})])'|</?\w+>", ""),
-    (r"(?<=\d)[eE]([-+]?\d+)", r" \\times 10^{\1}"),
-    (r"(?<=\d) +((?!and|or)[a-z]{2,}(?: [a-z]+)*)\.?$", r" \\text{ \1}"),    # 5 apples
-    (r"^.*(?:(?<![\\a-z])[a-z]{2,}\b[^a-z]+){5}.*$", ""),    # a sentence has no second writer
-]
+def as_models_write(answer):
+    """What a model boxes where a file has this reference answer; nothing, where it is a sentence,
+    which nobody writes a second time. What math_reward does not take for it earns no reward."""
+    said = re.sub(r"(?i)^.*\b(?:answer|result)\b(?: is)?:? *|^(?:≈|~|\\approx) *", "", answer)
+    said = re.sub(r"[\"`]|(?<![\w})])'|</?\w+>", "", said)
+    said = re.sub(r"(?<=\d)[eE]([-+]?\d+)", r" \\times 10^{\1}", said)
+    said = re.sub(r"(?<=\d) +((?!and|or)[a-z]{2,}(?: [a-z]+)*)\.?$", r" \\text{ \1}", said)
+    return re.sub(r"^.*(?:(?<![\\a-z])[a-z]{2,}\b[^a-z]+){5}.*$", "", said)
 
 
 def unmatched(problems):
     """[a sentence on how many reference answers no answer can match], or [] if there are none."""
     answers = sorted({problem.answer for problem in problems.train + problems.held_out})
-    tried, lost = random.Random(0).sample(answers, min(2000, len(answers))), []
-    for answer in tried:
-        said = answer
-        for pattern, by in BY_A_MODEL:
-            said = re.sub(pattern, by, said)
-        if math_reward(f"\\boxed{{{said}}}", answer) == 0:
-            lost.append(answer)
+    tried = random.Random(0).sample(answers, min(2000, len(answers)))
+    lost = [x for x in tried if math_reward(f"\\boxed{{{as_models_write(x)}}}", x) == 0]
     return lost and [f"{problems.path}: no answer as models write it would match {len(lost)} of "
-                     f"the {len(tried)} different reference answers tried, as {lost[0][:50]!r}."]
-
-
-# What a row may hold beside its question, and where its question may want the answer.
-BESIDE = ("choices", "options", "context", "passage", "image", "images", "system")
-ELSEWHERE = re.compile(r"####|\[\[|</?(?:answer|think)|(?:nswer|NSWER)\W{0,3}:|nswer is[\"'`:]"
-                       r"|(?:last|final|own) line|(?:JSON|json)\b")
+                     f"the {len(tried)} different references tried, such as {lost[0][:50]!r}."]
 
 
 def read_math(record, told):
@@ -724,9 +684,12 @@ def read_math(record, told):
         answer = last_boxed(answer)
     elif key == "solution" and len(answer) > 40:       # some files keep the bare answer there
         raise ValueError("the solution has no \\boxed{} and no answer beside it")
-    told.update(f"have {key}, which the prompt does not show" for key in BESIDE if record.get(key))
+    beside = ("choices", "options", "context", "passage", "image", "images", "system")
+    told.update(f"have {key}, which the prompt does not show" for key in beside if record.get(key))
     told["have a system prompt or more turns, which the prompt does not show"] += len(chat) > 1
-    if ELSEWHERE.search(question) and "\\boxed" not in question:
+    other_form = (r"####|\[\[|</?(?:answer|think)|(?:nswer|NSWER)\W{0,3}:|nswer is[\"'`:]"
+                  r"|(?:last|final|own) line|(?:JSON|json)\b")
+    if re.search(other_form, question) and "\\boxed" not in question:
         told["ask for another form of answer, but only our \\boxed{} is read"] += 1
     return MathProblem(question, answer.strip())
 
@@ -736,10 +699,8 @@ def only_item(answer):
     item = answer
     if isinstance(answer, str) and answer.lstrip()[:1] in ("[", '"'):
         text = answer.replace("['", '["').replace("']", '"]')
-        try:                                           # JSON, or LaTeX whose \ were not doubled
+        with suppress(ValueError, RecursionError):     # JSON, or LaTeX whose \ were not doubled
             item = json.loads(re.sub(r'(?<!\\)\\(?=[^\\"u])', r"\\\\", text))
-        except (ValueError, RecursionError):
-            pass
     while isinstance(item, list) and len(item) == 1:
         item = item[0]
     return answer if isinstance(item, (list, dict)) else item
@@ -755,9 +716,8 @@ def read_countdown(record, told):
 
 
 def lines_of(path):
-    """The lines of a local file, or of one in a Hugging Face dataset repository, as
-    hf://owner/repo[@revision]/path/file.jsonl, or the items of its JSON array, as JSON -> pairs of
-    number and line, without blank ones. Nothing else goes online."""
+    """(number, JSON) of the lines of a file that are not blank, or of the items of its JSON array.
+    path may be hf://owner/repo[@revision]/path/file.jsonl; nothing else goes online."""
     file = path
     if "://" in str(path):
         match = re.fullmatch(
@@ -771,8 +731,7 @@ def lines_of(path):
             raise UserError(f"Cannot fetch {path}: {' '.join(str(error).split())}") from None
     try:
         with open(file, "rb") as lines:
-            start = lines.read(1000).lstrip()
-            lines.seek(0)
+            start = lines.peek().lstrip()
             if start[:4] == b"PAR1":
                 raise UserError(f"{path} is a parquet file: convert it once, by pandas.read_parquet"
                                 f"('{file}').to_json('data.jsonl', orient='records', lines=True).")
@@ -788,7 +747,6 @@ def lines_of(path):
 
 # The flags that say what is measured.
 SETTING = ("task", "prompt", "counts", "high", "targets", "max_new_tokens", "verifier")
-
 # The style decides the defaults: a bare expression, or reasoning that ends in a tag or a box.
 DEFAULTS = {
     "bare": {"counts": [4], "high": 9, "targets": [1, 60], "max_new_tokens": 24},

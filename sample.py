@@ -222,13 +222,11 @@ class FusedBlock:
 
 
 class Stepper:
-    """`Policy.forward` for one token per row, on plain tensors: where sampling spends its time.
-
-    The same mathematics in fewer operations: q, k and v are one product, gate and up another; a
-    norm's weight is folded into the matrix that reads it, a residual is added by the product before
-    it, and the query heads that share a key head are the rows of one small product. The weights are
-    copies, so a Stepper serves one `sample` call.
-    """
+    """`Policy.forward` for one token per row, on plain tensors: where sampling spends its time. The
+    same mathematics in fewer operations: q, k and v are one product, gate and up another; a norm's
+    weight is folded into the matrix that reads it, a residual is added by the product before it,
+    and the query heads that share a key head are the rows of one small product. The weights are
+    copies, so a Stepper serves one `sample` call."""
 
     def __init__(self, policy, cache, mask, room):
         """Rows go on from prompts in `cache`, mask (prompts, P) bool, by `room` tokens at most."""
@@ -247,9 +245,8 @@ class Stepper:
         self.cos = torch.cat([angles.cos(), angles.cos()], dim=1).to(dtype)     # (S, head_dim)
         self.sin = torch.cat([-angles.sin(), angles.sin()], dim=1).to(dtype)
         # Added to the attention scores: -inf hides padding and slots that are not yet written.
-        seen = F.pad(mask, (0, room), value=False)[:, None]                 # (B, 1, S)
-        bias = torch.where(seen, 0.0, -math.inf).to(dtype)
-        self.bias = bias.repeat_interleave(self.kv_heads, 0)                # (B kv_heads, 1, S)
+        seen = F.pad(mask, (0, room), value=False).repeat_interleave(self.kv_heads, 0)
+        self.bias = torch.where(seen, 0.0, -math.inf).to(dtype)[:, None]    # (B kv_heads, 1, S)
         self.padding = (~mask).sum(1)                  # (B,): positions count real tokens only
         self.slot = torch.tensor([cache.length], device=device)    # where the next keys go
 
@@ -314,10 +311,10 @@ def chat(tokenizer, system, text, style):
     where there is no template. UserError if the template fails."""
     if style == "bare" or not tokenizer.chat_template:
         return text
-    user = {"role": "user", "content": text}
+    system_turn, user = {"role": "system", "content": system}, {"role": "user", "content": text}
     both = {"role": "user", "content": f"{system}\n\n{text}"}
-    for turns in [{"role": "system", "content": system}, user], [both]:
-        try:                                           # some templates refuse a system turn
+    for turns in [system_turn, user], [both]:          # some templates refuse a system turn
+        try:
             template = SAME_DAY + tokenizer.get_chat_template()
             return Templated(tokenizer.apply_chat_template(
                 turns, chat_template=template, tokenize=False, add_generation_prompt=True))
@@ -329,8 +326,8 @@ def chat(tokenizer, system, text, style):
 def encode(tokenizer, prompts, device):
     """Strings -> token ids (prompts, P) padded on the left, and their mask, bool. Plain text gets
     the special tokens that the tokenizer adds, unless it begins with one already."""
-    begun = isinstance(prompts[0], Templated) or (
-        bool(tokenizer.bos_token) and prompts[0].startswith(tokenizer.bos_token))
+    begin = tokenizer.bos_token
+    begun = isinstance(prompts[0], Templated) or begin and prompts[0].startswith(begin)
     batch = tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt",
                       add_special_tokens=not begun)
     return batch.input_ids.to(device), batch.attention_mask.bool().to(device)
