@@ -212,6 +212,8 @@ STYLES = {
     "ask": "Use each of the numbers {listed} exactly once, with + - * / and parentheses, to make "
            "{target}. Answer with one arithmetic expression and nothing else.",
 }
+# For `render`: the operators that a left and a right operand may not have without parentheses.
+WRAP = {"+": ("", ""), "-": ("", "+-"), "*": ("+-", "+-"), "/": ("+-", "+-*/")}
 
 
 class Problem(namedtuple("Problem", "numbers target")):    # numbers as the prompt orders them
@@ -264,9 +266,7 @@ def render(tree, wrap=""):
     if isinstance(tree, int):
         return str(tree)
     op, left, right = tree
-    # The operators that an operand on the left, and one on the right, may not have unwrapped.
-    wraps = {"+": ("", ""), "-": ("", "+-"), "*": ("+-", "+-"), "/": ("+-", "+-*/")}[op]
-    text = render(left, wraps[0]) + op + render(right, wraps[1])
+    text = render(left, WRAP[op][0]) + op + render(right, WRAP[op][1])
     return f"({text})" if op in wrap else text
 
 
@@ -303,7 +303,8 @@ def all_nodes(numbers):
         right = [n for i, n in enumerate(numbers) if bits >> i & 1]
         left = [n for i, n in enumerate(numbers) if not bits >> i & 1]
         for x, y in itertools.product(all_nodes(left), all_nodes(right)):
-            nodes += [combine(op, x, y) for op in "+-*/"] + [combine(op, y, x) for op in "-/"]
+            nodes += [combine("+", x, y), combine("-", x, y), combine("-", y, x),
+                      combine("*", x, y), combine("/", x, y), combine("/", y, x)]
     return nodes
 
 
