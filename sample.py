@@ -174,7 +174,7 @@ def can_be_captured(stepper):
 
 def capture(step, state):
     """`step`, some hundred small kernels on the same tensors each time, as one CUDA graph -> a
-    function that runs it. The trial run's traces in `state` are undone; others stay as written."""
+    function that runs it. A trial run's traces in `state` are undone; the rest is written anew."""
     before, stream = [x.clone() for x in state], torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):                    # libraries set themselves up beforehand
