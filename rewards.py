@@ -1,11 +1,8 @@
 """What is correct: two tasks whose answers a few lines of exact arithmetic can check.
 
-A task hands out problems, writes their prompts and gives each sampled text a reward of 1.0 or 0.0.
-
-    Countdown   make a target out of a few numbers with + - * /, each number used exactly once
-    Math        questions with a reference answer, compared with the last \\boxed{...} of the text
-
-One Countdown problem, worked:
+A task hands out problems, writes their prompts and gives each sampled text a reward of 1.0 or 0.0:
+`Math` has questions with a reference answer, compared with the last \\boxed{...} of the text, and
+`Countdown` makes a target out of a few numbers with + - * /, each number used exactly once.
 
     >>> task = Countdown()                             # laptop setting: 4 numbers in 1..9
     >>> x = Problem(numbers=(4, 7, 2, 9), target=24)
@@ -29,6 +26,7 @@ import json
 import random
 import re
 from collections import Counter
+from contextlib import suppress
 from decimal import Decimal
 from fractions import Fraction
 from typing import NamedTuple
@@ -56,11 +54,9 @@ def countdown_reward(text, numbers, target, style="bare"):
 
 
 def answer_of(text, style):
-    """What counts as the answer: the whole text, or for "think" the last <answer>...</answer>.
-
-    "<answer>1</answer> or <answer>2+3</answer>" gives "2+3". A last tag that is not closed, or
-    that stands inside another one, gives "". Anything may surround the tags.
-    """
+    """What counts as the answer: the whole text, or for "think" what the last <answer>...</answer>
+    holds: "2+3" of "<answer>1</answer> or <answer>2+3</answer>.", but "" where that tag is not
+    closed or stands inside another one."""
     if not isinstance(text, str):
         return ""
     if style != "think":
@@ -125,10 +121,8 @@ def parse(text):
 
 def combine(op, left, right):
     """The node `left op right` in exact integers: combine("/", (1, 1, 1), (2, 1, 2))[:2] is (1, 2).
-
     Fractions are not reduced (a few numbers cannot grow far), which is what makes this fast.
-    Division by zero gives 0/0, and every later operation keeps it 0/0.
-    """
+    Division by zero gives 0/0, and every later operation keeps it 0/0."""
     (a, b, x), (c, d, y) = left, right
     if op == "+":
         return a * d + c * b, b * d, (op, x, y)
@@ -142,12 +136,9 @@ def combine(op, left, right):
 
 
 class Countdown:
-    """Random problems: a count of numbers from counts, each in 1..high, and a target in range.
-
-    With path the problems are those of a file, and only `example` still makes its own. held_out is
-    the share of all problems that is kept for evaluation and never trained on. In the paper:
-    Countdown(counts=(3, 4), high=99, targets=(10, 100), style="think").
-    """
+    """Random problems: a count of numbers from counts, each in 1..high, and a target in range; with
+    path those of a file, though `example` makes its own. held_out: the share never trained on. In
+    the paper: Countdown(counts=(3, 4), high=99, targets=(10, 100), style="think")."""
 
     system = "You are a careful assistant who solves arithmetic puzzles."
     several_answers = True                             # correct answers of one problem can differ
@@ -169,16 +160,25 @@ class Countdown:
 
     def held_out_problems(self, n):
         """The first n of the one list that every call and every machine gets, all distinct."""
-        return self.problems.held_out[:n] if self.problems else distinct_held_out(self, n)
+        if self.problems:
+            return self.problems.held_out[:n]
+        rng, found, repeats = random.Random(0), {}, 0
+        while len(found) < n:
+            problem = self.problem(rng, held_out=True)
+            repeats = repeats + 1 if problem.identity in found else 0
+            if repeats == 1000:
+                raise UserError(f"Only {len(found)} held-out problems found of {n}: ask for fewer.")
+            found.setdefault(problem.identity, problem)
+        return list(found.values())
 
     def is_held_out(self, problem):
         return share_of(problem.identity) < self.held_out
 
     def prompt(self, problem, style=None):
         check_style(style := style or self.style)
-        words = [str(n) for n in problem.numbers]
-        return STYLES[style].format(
-            spaced=" ".join(words), listed=", ".join(words), target=problem.target)
+        listed = ", ".join(map(str, problem.numbers))
+        spaced = listed.replace(",", "")
+        return STYLES[style].format(listed=listed, spaced=spaced, target=problem.target)
 
     def reward(self, problem, text):
         return countdown_reward(text, problem.numbers, problem.target, self.style)
@@ -200,10 +200,7 @@ class UserError(ValueError):
     """A sentence for the user, who can mend it: a flag, or a file."""
 
 
-# ---------------------------------------------------------------------- making Countdown problems
-
 MAX_TRIES = 100_000            # draws before a setting is called impossible
-
 # "bare" is for models trained here, "think" the paper's prompt in our words, "ask" for small chat
 # models. The example in "think" is in letters: one in numbers could be copied and be correct.
 STYLES = {
@@ -216,6 +213,8 @@ STYLES = {
     "ask": "Use each of the numbers {listed} exactly once, with + - * / and parentheses, to make "
            "{target}. Answer with one arithmetic expression and nothing else.",
 }
+# For `render`: the operators that a left and a right operand may not have without parentheses.
+WRAP = {"+": ("", ""), "-": ("", "+-"), "*": ("+-", "+-"), "/": ("+-", "+-*/")}
 
 
 class Problem(NamedTuple):
@@ -242,13 +241,11 @@ def check_countdown(counts, high, targets, style, held_out):
 
 
 def draw_example(task, rng, held_out):
-    """`Countdown.example`: combine numbers in random pairs with random operators until one
-    expression is left, and keep it if its value is an integer in range. This defines the
-    distribution over problems: a target is as frequent as random expressions hit it."""
+    """Combine random pairs of numbers with random operators until one expression is left, and keep
+    it if its value is an integer in range: a target is as frequent as expressions hit it."""
     if task.held_out == (0 if held_out else 1):
         raise ValueError(f"held_out={task.held_out} leaves no problem in this split.")
-    # The warm start draws 200,000 of these. int(random() * n) is several times faster than
-    # randrange(n) or choice, and its bias, n / 2**53, does not matter here.
+    # A warm start draws 200,000: int(random() * n) is faster than choice; its bias is n / 2**53.
     draw, high, counts, (low, top) = rng.random, task.high, task.counts, task.targets
     for _ in range(MAX_TRIES):
         count = counts[int(draw() * len(counts))]
@@ -267,41 +264,20 @@ def draw_example(task, rng, held_out):
     raise UserError(f"No such problem in {MAX_TRIES} draws: widen targets={task.targets}.")
 
 
-def distinct_held_out(task, n):
-    """n made-up held-out problems, no two the same; a longer list starts with the shorter one."""
-    rng, problems, repeats = random.Random(0), {}, 0
-    while len(problems) < n and repeats < 1000:
-        problem = task.problem(rng, held_out=True)
-        repeats = repeats + 1 if problem.identity in problems else 0
-        problems.setdefault(problem.identity, problem)
-    if len(problems) < n:
-        raise UserError(f"Only {len(problems)} held-out problems found, not {n}: ask for fewer.")
-    return list(problems.values())
-
-
-# ---------------------------------------------------------------- the solver and the canonical form
-
-# Where parentheses stay: the operators that a left or right operand may not have unwrapped.
-WRAP_LEFT = {"+": "", "-": "", "*": "+-", "/": "+-"}
-WRAP_RIGHT = {"+": "", "-": "+-", "*": "+-", "/": "+-*/"}
-
-
 def render(tree, wrap=""):
     """The tree as text with as few parentheses as possible: ("-", 1, ("-", 2, 3)) is "1-(2-3)"."""
     if isinstance(tree, int):
         return str(tree)
     op, left, right = tree
-    text = render(left, WRAP_LEFT[op]) + op + render(right, WRAP_RIGHT[op])
+    text = render(left, WRAP[op][0]) + op + render(right, WRAP[op][1])
     return f"({text})" if op in wrap else text
 
 
 def canonical_form(tree):
-    """One text for all trees that are equal up to commutativity and associativity.
-
-    Identified: any order and grouping of a sum with its signs, a-(b-c) = c+a-b, and of a product
-    with its divisions, a/(b/c) = c*a/b. Nothing else: (a-b)*(c-d) and (b-a)*(d-c) stay two
-    answers, as do a*(b+c) and a*b+a*c, and x*1 and x/1.
-    """
+    """One text for all trees that are equal up to commutativity and associativity: any order and
+    grouping of a sum with its signs, a-(b-c) = c+a-b, and of a product with its divisions,
+    a/(b/c) = c*a/b. Nothing else: (a-b)*(c-d) and (b-a)*(d-c) stay two answers, as do a*(b+c) and
+    a*b+a*c, and x*1 and x/1."""
     if isinstance(tree, int):
         return str(tree)
     ops = "+-" if tree[0] in "+-" else "*/"
@@ -320,10 +296,8 @@ def canonical_form(tree):
 
 
 def all_nodes(numbers):
-    """Every node that uses each number once, up to the order of the operands of + and *.
-
-    6 nodes for 2 numbers, 108 for 3, 3,240 for 4 (milliseconds), 136,080 for 5 (half a second).
-    """
+    """Every node that uses each number once, up to the order of the operands of + and *: 6 for 2
+    numbers, 108 for 3, 3,240 for 4 (milliseconds), 136,080 for 5 (half a second)."""
     if len(numbers) == 1:
         return [(numbers[0], 1, numbers[0])]
     nodes = []
@@ -332,9 +306,8 @@ def all_nodes(numbers):
         right = [n for i, n in enumerate(numbers) if bits >> i & 1]
         left = [n for i, n in enumerate(numbers) if not bits >> i & 1]
         for x, y in itertools.product(all_nodes(left), all_nodes(right)):
-            nodes += [combine("+", x, y), combine("*", x, y)]
-            nodes += [combine("-", x, y), combine("-", y, x)]
-            nodes += [combine("/", x, y), combine("/", y, x)]
+            nodes += [combine("+", x, y), combine("-", x, y), combine("-", y, x),
+                      combine("*", x, y), combine("/", x, y), combine("/", y, x)]
     return nodes
 
 
@@ -342,30 +315,24 @@ def all_nodes(numbers):
 
 def math_reward(text, answer):
     """1.0 if the last \\boxed{} of text writes the same as answer (plain or boxed), else 0.0.
-
     math_reward("so \\boxed{x=0.5}", "\\frac12") is 1.0. Numbers are compared exactly as fractions
-    (0.33 is not 1/3), everything else letter by letter after REWRITES: no algebra.
-    """
+    (0.33 is not 1/3), everything else letter by letter after REWRITES: no algebra."""
     if not isinstance(text, str) or not isinstance(answer, str):
         return 0.0
     boxed, reference = last_boxed(text), last_boxed(answer) or answer
     if boxed is None or len(reference) > MAX_ANSWER:
         return 0.0
-    name, form = normal_form(boxed)
-    true_name, true_form = normal_form(reference)
-    if name and true_name and name != true_name:       # x=5 is not y=5, but 5 is either
-        return 0.0
-    return float(form == true_form and form != "")
+    (name, form), (true_name, true_form) = normal_form(boxed), normal_form(reference)
+    named = not name or not true_name or name == true_name    # x=5 is not y=5, but 5 is either
+    return float(named and form == true_form != "")
 
 
 def last_boxed(text):
     """The inside of the last balanced \\boxed{...}, or None: "so \\boxed{\\frac{1}{2}}." gives
     "\\frac{1}{2}". A box cut off by the end of the text is passed over; a too long one is None."""
-    text = text.replace("\\boxed {", "\\boxed{")
-    start = len(text)
+    text, start = text.replace("\\boxed {", "\\boxed{"), len(text)
     while (start := text.rfind("\\boxed{", 0, start)) >= 0:
-        inside = text[start + 7:start + 8 + MAX_ANSWER]
-        depth = 1
+        inside, depth = text[start + 7:start + 8 + MAX_ANSWER], 1
         for match in re.finditer(r"\\.|[{}]", inside, re.DOTALL):    # \{ and \} do not count
             depth += {"{": 1, "}": -1}.get(match[0], 0)
             if depth == 0:
@@ -373,13 +340,6 @@ def last_boxed(text):
         if len(inside) > MAX_ANSWER:                   # bounds the loop: earlier boxes are longer
             return None
     return None
-
-
-# "x=", "f(x)=", "AB=", "x \in" and "(x,y)=" at the start of an answer or of each item of a list.
-VARIABLE = re.compile(
-    r"(^|[,;])((?:[a-zA-Z]|[A-Z]{2,3}|\\angle[A-Z]{1,3}|\\(?:alpha|beta|gamma|delta|theta|lambda|mu"
-    r"|phi|varphi|omega))(?:\d|_\w|_\{\w+\})?'?(?:\^\{-1\})?(?:\(\w\))?|\(\w(?:[,;]\w)+\))"
-    r"(?:=|\\in(?![a-z]))", re.ASCII)
 
 
 def normal_form(text):
@@ -392,36 +352,23 @@ def normal_form(text):
     return "", normal_part(text)
 
 
-# What we compare, and the characters and commands that say the same.
-SAME = {
-    "-": "− – ‐ ‑ －", "*": "× · ⋅ ∙ ∗ \\times \\cdot \\ast", "/": "⁄ ∕ ÷ \\div", "^": "**",
-    "(": "（", ")": "）", ",": "，", "'": "′ ’", "<": "\\lt", "<=": "≤ ⩽ \\le \\leq \\leqslant",
-    ">": "\\gt", ">=": "≥ ⩾ \\ge \\geq \\geqslant", "≠": "\\ne \\neq !=", "\\in": "∈",
-    "\\cap": "∩", "∪": "\\cup", "\\emptyset": "∅ \\varnothing", "\\mathbb{R}": "ℝ", "\\pm": "±",
-    "\\infty": "∞ infinity", "\\circ": "∘", "\\{": "\\lbrace", "\\}": "\\rbrace", "\\frac12": "½",
-    "\\frac13": "⅓", "\\frac23": "⅔", "\\frac14": "¼", "\\frac34": "¾", "\\sqrt": "√ sqrt",
-    "\\frac": "\\dfrac \\tfrac \\cfrac \\sfrac \\nicefrac", "\\pi": "π pi", "\\theta": "θ",
-    "\\alpha": "α", "\\beta": "β", "\\lambda": "λ", "\\phi": "φ", "\\omega": "ω", "\\sin": "sin",
-    "\\cos": "cos", "\\tan": "tan", "\\log": "log", "\\ln": "ln", " ": "\\quad \\qquad",
-    "": "° º \\degree \\left \\right \\displaystyle \\textstyle \\limits \\bf \\rm \\it \\mathbf "
-        "\\boldsymbol \\large \\Large",
-}
-ONE_NAME = {other: one for one, others in SAME.items() for other in others.split()}
-
-
-def digits_alone(match):
-    return re.sub(r"[^-+0-9]", "", match[0])
-
-
-def with_commas(match):
-    return re.sub(r"(?: *[,;])? *\b(?:and|or)\b(?: *[,;])? *", ", ", match[0])
-
-
 def power_of_ten(match):
     """4.5e33 or 4.5*10^{33} as digits alone, exactly."""
     return format(Decimal(f"{match['number'] or 1}e{match['exponent'].strip('{}')}"), "f")
 
 
+# What we compare, then the characters and commands that say the same.
+SAME = r"""
+- − – ‐ ‑ －; * × · ⋅ ∙ ∗ \times \cdot \ast; / ⁄ ∕ ÷ \div; ^ **; ( （; ) ）; , ，; ' ′ ’; < \lt;
+<= ≤ ⩽ \le \leq \leqslant; > \gt; >= ≥ ⩾ \ge \geq \geqslant; ≠ \ne \neq !=; \in ∈; \cap ∩; ∪ \cup;
+\emptyset ∅ \varnothing; \mathbb{R} ℝ; \pm ±; \infty ∞ infinity; \circ ∘; \{ \lbrace; \} \rbrace;
+\frac12 ½; \frac13 ⅓; \frac23 ⅔; \frac14 ¼; \frac34 ¾; \sqrt √ sqrt;
+\frac \dfrac \tfrac \cfrac \sfrac \nicefrac; \pi π pi; \theta θ; \alpha α; \beta β; \lambda λ;
+\phi φ; \omega ω; \sin sin; \cos cos; \tan tan; \log log; \ln ln"""
+ONE_NAME = {other: one for one, *others in map(str.split, SAME.split(";")) for other in others}
+ONE_NAME |= dict.fromkeys(r"\quad \qquad".split(), " ") | dict.fromkeys(
+    r"° º \degree \left \right \displaystyle \textstyle \limits \bf \rm \it \mathbf \boldsymbol "
+    r"\large \Large".split(), "")
 NUMBER = r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
 BRACED = r"\{((?:[^{}]|\{[^{}]*\})*)\}"                # braces in braces, once
 TEXT = r"\\(?:text(?:rm|bf|it|sf|tt|normal)?|mathrm|mbox|emph|operatorname)"
@@ -437,9 +384,8 @@ UNIT = TEXT + (
     r"|lakhs?|crores?|hundreds?|thousands?|[a-z]*illions?|per ?mille?|basis|pp[mb]|one|two|three"
     r"|four|five|six|seven|eight|nine|tens?|eleven|twelve|[a-z]*teen|(?:twen|thir|for|fif|six"
     r"|seven|eigh|nine)ty|st|nd|rd|th|thirds?|[a-z]*(?:four|fif|six|seven|eigh|nin|ten|leven|twelf"
-    r"|teen|tie|hundred|thousand|illion)ths?)\b))[a-zA-Z .'/-]*(?:\^\{?[23]\}?)?\}")
-PLAIN_UNIT = (
-    r"(?:(?:square|cubic|sq\.?) ?)?(?:cm|mm|km|kg|inch(?:es)?|feet|miles|meters|units?|degrees"
+    r"|teen|tie|hundred|thousand|illion)ths?)\b))[a-zA-Z .'/-]*(?:\^\{?[23]\}?)?\}"
+    r"|(?:(?:square|cubic|sq\.?) ?)?(?:cm|mm|km|kg|inch(?:es)?|feet|miles|meters|units?|degrees"
     r"|dollars|cents|years|days|hours|minutes|seconds|percent|pct)")
 
 # Applied in this order. Left: how people write it. Right: the one way we compare. The list only
@@ -460,7 +406,7 @@ REWRITES = [(re.compile(pattern, re.ASCII), by) for pattern, by in [
     (r"\\(?:[bB]igg?[lrm]?|(?:text)?color\{\w+\})(?![a-zA-Z])", ""),
     # blanks and commas that stand in large numbers only: 1\,234, 1{,}234, 1,\! 234, 1 234
     (r"(?<![\w.^])(?<![^\\],)[1-9]\d{0,2}(?:(?:\{,\}|, ?\\! ?|\\!|\\[, ]|[~ ])\d{3})+"
-     r"(?!\d|,\d|(?:\\[, ]|[~ ])*[\d/])", digits_alone),
+     r"(?!\d|,\d|(?:\\[, ]|[~ ])*[\d/])", lambda match: re.sub(r"\D", "", match[0])),
     (r"-0,(?=\d)", "-0{,}"),                           # a decimal comma: -0,5 is not 0 and 5
     (r"(?<!\\)\\[!()\[\]]", ""),
     (r"(?:(?<!\\)\\[,;:> ]|[~ ])+", " "),
@@ -473,18 +419,19 @@ REWRITES = [(re.compile(pattern, re.ASCII), by) for pattern, by in [
     (rf"(?<![\w.\\^}}])(?P<number>{NUMBER})(?:[eE]|{TEXT}\{{[eE]\}})"
      r"(?P<exponent>[-+]?\d{1,3})(?![\w.])", power_of_ten),    # in 2e - 3 it is Euler's number
     # units, at the end and after a number
-    (rf"(?:(?<=[\d}})\]])|(?<=\\pi)) ?(?:{UNIT}|{PLAIN_UNIT})(?:\^\{{?[23]\}}?)?[. ]*$", ""),
+    (rf"(?:(?<=[\d}})\]])|(?<=\\pi)) ?(?:{UNIT})(?:\^\{{?[23]\}}?)?[. ]*$", ""),
     (rf"{TEXT} ?{BRACED}", r" \1 "),
     (r"(?i)(?<=\d) *([ap])\.? ?m\b\.?", lambda match: match[1].lower() + "m"),
-    (r"^[^<>≠]*$", with_commas),                       # but "x<1 or x>2" is not "x<1 and x>2"
-    # blanks: what they mean is read before they go
-    (r" +", " "),
+    (r"^[^<>≠]*$",                                     # but "x<1 or x>2" is not "x<1 and x>2"
+     lambda match: re.sub(r"(?: *[,;])? *\b(?:and|or)\b(?: *[,;])? *", ", ", match[0])),
+    (r" +", " "),                                      # what blanks mean is read before they go
     (r"(?<=\d) (\d+) ?/ ?(\d+)", r"\\frac{\1}{\2}"),   # "1 1/2" is not 11/2
     (r", ", ";"),                                      # "100, 200" is a list, "100,200" a number
     (r"(?<=\d) ?[xX] ?(?=10 ?\^)", "*"),
     (r"(?<!\d) | (?!\d)", ""),                         # "1 2" stays apart: it is not 12
     # 1,234 where it stands alone, not in (1,234)
-    (r"(?:^|(?<=[;=<>∪]))[-+]?[1-9]\d{0,2}(?:,\d{3})+(?=\.\d|[;=<>∪]|\.?$)", digits_alone),
+    (r"(?:^|(?<=[;=<>∪]))[-+]?[1-9]\d{0,2}(?:,\d{3})+(?=\.\d|[;=<>∪]|\.?$)",
+     lambda match: match[0].replace(",", "")),
     # words that are a whole answer: Yes is yes, but the point A is not the length a
     (r"^((?i:yes|no|true|false|none)|[A-Z][a-z]{3,})[.!]?$", lambda match: match[1].lower()),
     # braces and signs that may be left out
@@ -503,24 +450,26 @@ REWRITES = [(re.compile(pattern, re.ASCII), by) for pattern, by in [
 ]]
 SYMBOLS = r"((?:(?:\\pi|\\sqrt\{\w+\}|[a-zA-Z])(?:\^\w)?)*)"
 TERM = re.compile(             # 0.75, -2\pi, \frac{3}{4}, 1\frac{3}{4}, \frac34\pi, \frac{-3\pi}{4}
-    rf"([-+]?)({NUMBER}?)"
+    rf"(?![-+]?$)([-+]?)({NUMBER}?)"
     rf"(?:\\frac\{{([-+]?)({NUMBER}?){SYMBOLS}\}}\{{([-+]?{NUMBER})\}})?{SYMBOLS}", re.ASCII)
 QUOTIENT = re.compile(         # 3/4, 3\pi/4, \sqrt{3}/2, x/y
     rf"^([-+]?)((?:\d*(?:\\sqrt\{{\w+\}}|\\pi)|\w+)(?:\^\w)?|{NUMBER})"
     rf"/({NUMBER}|[a-zA-Z]|\\pi|\\sqrt\{{\w+\}})$", re.ASCII)
+# "x=", "f(x)=", "AB=", "x \in" and "(x,y)=" at the start of an answer or of each item of a list.
+VARIABLE = re.compile(
+    r"(^|[,;])((?:[a-zA-Z]|[A-Z]{2,3}|\\angle[A-Z]{1,3}|\\(?:alpha|beta|gamma|delta|theta|lambda|mu"
+    r"|phi|varphi|omega))(?:\d|_\w|_\{\w+\})?'?(?:\^\{-1\})?(?:\(\w\))?|\(\w(?:[,;]\w)+\))"
+    r"(?:=|\\in(?![a-z]))", re.ASCII)
 
 
 def normal_term(text):
     """One text for all ways to write a number or a multiple of symbols, exact as a fraction:
     "0.50", "1/2" and "\\frac{1}{2}" give "1/2", and "0.75x" gives "3/4*x"."""
     text = QUOTIENT.sub(r"\1\\frac{\2}{\3}", text)
-    match = TERM.fullmatch(text)
-    if not match:
+    if not (match := TERM.fullmatch(text)):
         return text.replace(";", ",")
     sign, whole, sign_above, top, above, bottom, after = match.groups()
     symbols = (above or "") + after
-    if not (whole or bottom or symbols):
-        return text
     value = Fraction(whole or 1)
     if bottom:
         mixed = whole.isdigit() and not symbols        # 2\frac12x may be a sum or a product
@@ -546,8 +495,7 @@ def split_list(text, separators=",;"):
 
 
 def normal_part(text):
-    """One text for all ways to write a number, list, tuple, interval, set or matrix:
-    "(0.5,3)" -> "(1/2,3)"."""
+    """One text for all ways to write a list, tuple, interval, set, matrix, ... of numbers."""
     sets = split_list(text, "∪")
     if len(sets) > 1:
         return "∪".join(sorted(normal_part(part) for part in sets))
@@ -560,8 +508,7 @@ def normal_part(text):
         return text[0] + ",".join(normal_part(part) for part in inside) + text[-1]
     if inside and text[0] + text[-1] == "()":          # "(5)", "(B)"
         return normal_part(inside[0])
-    matrix = re.fullmatch(r"\\begin\{pmatrix\}(.*?)(?:\\\\)?\\end\{pmatrix\}", text)
-    if matrix:
+    if matrix := re.fullmatch(r"\\begin\{pmatrix\}(.*?)(?:\\\\)?\\end\{pmatrix\}", text):
         rows = [row.split("&") for row in matrix[1].split("\\\\")]
         return f"matrix {[[normal_part(cell) for cell in row] for row in rows]}"
     return "".join(normal_term(part) for part in re.split("(<=|>=|[=<>≠])", text))
@@ -569,8 +516,8 @@ def normal_part(text):
 
 class MathVerify:
     """The grader of the package math-verify, called like `math_reward`. A text on which it raises,
-    or that takes it more than its limit of 5 s, gets 0.0 and is counted in `failed`. The limit is a
-    signal: it holds in the main thread, and ends sympy's loops but no single long step in C."""
+    or that takes it more than 5 s, gets 0.0 and is counted in `failed`. The limit is a signal: it
+    holds in the main thread, and ends sympy's loops but no single long step in C."""
 
     def __init__(self):
         try:
@@ -580,10 +527,10 @@ class MathVerify:
         self.package, self.failed = math_verify, 0
 
     def __call__(self, text, answer):
-        parse, verify = self.package.parse, self.package.verify
+        texts = f"\\boxed{{{answer}}}", text
         try:
-            reference = parse(f"\\boxed{{{answer}}}", raise_on_error=True)
-            return float(verify(reference, parse(text, raise_on_error=True), raise_on_error=True))
+            parsed = [self.package.parse(each, raise_on_error=True) for each in texts]
+            return float(self.package.verify(*parsed, raise_on_error=True))
         except (Exception, self.package.errors.TimeoutException):    # the latter is no Exception
             self.failed += 1
             if str(self.failed).strip("0") == "1":     # told at 1, 10, 100, ...
@@ -621,10 +568,8 @@ class Math:
 
     def prompt(self, problem):
         """The question and the paper's sentence, unless the question asks for a box by itself."""
-        if "\\boxed" in problem.question:
-            return problem.question
-        return (f"{problem.question}\n\nLet's think step by step and output the final answer "
-                "within \\boxed{}.")
+        ask = "\n\nLet's think step by step and output the final answer within \\boxed{}."
+        return problem.question + ask * ("\\boxed" not in problem.question)
 
     def reward(self, problem, text):
         return self.verifier(text, problem.answer)
@@ -644,13 +589,34 @@ def share_of(text):
 
 
 class Problems:
-    """The problems of a file, split in two lists, `train` and `held_out`, in file order."""
+    """The problems of a file (see `lines_of`), split in two lists in file order, `train` and
+    `held_out`. One that comes again is taken once, an object that `read` refuses is left out, and
+    `notes` say how many; UserError where none is left."""
 
     def __init__(self, path, read, held_out):
-        self.path, self.notes, self.train, self.held_out = path, [], [], []
-        for problem in load_problems(path, read, self.notes.append):
-            split = self.held_out if share_of(problem.identity) < held_out else self.train
-            split.append(problem)
+        self.path, self.train, self.held_out = path, [], []
+        known, refused, told, count = {}, [], Counter(), 0
+        for count, (number, line) in enumerate(lines_of(path), start=1):
+            try:
+                record = json.loads(line)
+                if not isinstance(record, dict):
+                    raise ValueError("not a JSON object")
+                problem = read(record, told)
+            except (ValueError, RecursionError) as error:
+                refused.append(f"line {number}: {error}")
+                continue
+            first = known.setdefault(" ".join(problem.identity.split()), problem)
+            if first is problem:
+                split = self.held_out if share_of(problem.identity) < held_out else self.train
+                split.append(problem)
+            other_answer = first[1] != problem[1]
+            told["repeat an earlier problem: each is used once"] += first is not problem
+            told["give an earlier problem another answer: the first is used"] += other_answer
+        if not known:
+            raise UserError(f"{path} holds no problems" + (f"; {refused[0]}." if refused else "."))
+        if refused:
+            told[f"left out, the first {refused[0]}"] = len(refused)
+        self.notes = [f"{path}: {n} of {count} lines {what}." for what, n in told.items() if n]
 
     def draw(self, rng, held_out):
         problems = self.held_out if held_out else self.train
@@ -671,61 +637,43 @@ class Problems:
 
 
 def countdown_file(task, path):
-    """The Problems of a Countdown file, and what the user should hear about them. Whether they have
-    a solution is tried on 500 of up to four numbers, for some seconds; five take far longer."""
+    """The Problems of a Countdown file, and a note if some of 500 short ones have no solution."""
     problems = Problems(path, read_countdown, task.held_out)
     short = [x for x in problems.train + problems.held_out if len(x.numbers) <= 4]
     tried = random.Random(0).sample(short, min(500, len(short)))
-    lost = sum(not task.solutions(problem) for problem in tried)
-    note = f"{path}: {lost} of {len(tried)} problems tried have no solution."
-    problems.notes += [note] * (lost > 0)
+    if lost := sum(not task.solutions(problem) for problem in tried):
+        problems.notes.append(f"{path}: {lost} of {len(tried)} problems tried have no solution.")
     return problems
 
 
-# How a model writes in its box what files write so. Where math_reward does not take the one for the
-# other, no answer will earn a reward.
-BY_A_MODEL = [(re.compile(pattern), by) for pattern, by in [
-    (r"(?i)^.*\b(?:answer|result)\b(?: is)?:? *|^(?:≈|~|\\approx) *", ""),
-    (r"[\"`]|(?<![\w})])'|</?\w+>", ""),
-    (r"(?<=\d)[eE]([-+]?\d+)", r" \\times 10^{\1}"),
-    (r"(?<=\d) +((?!and|or)[a-z]{2,}(?: [a-z]+)*)\.?$", r" \\text{ \1}"),    # 5 apples
-    (r"^.*(?:(?<![\\a-z])[a-z]{2,}\b[^a-z]+){5}.*$", ""),    # a sentence has no second writer
-]]
+def as_models_write(answer):
+    """What a model boxes where a file has this reference answer; nothing, where it is a sentence,
+    which nobody writes a second time. What math_reward does not take for it earns no reward."""
+    said = re.sub(r"(?i)^.*\b(?:answer|result)\b(?: is)?:? *|^(?:≈|~|\\approx) *", "", answer)
+    said = re.sub(r"[\"`]|(?<![\w})])'|</?\w+>", "", said)
+    said = re.sub(r"(?<=\d)[eE]([-+]?\d+)", r" \\times 10^{\1}", said)
+    said = re.sub(r"(?<=\d) +((?!and|or)[a-z]{2,}(?: [a-z]+)*)\.?$", r" \\text{ \1}", said)
+    return re.sub(r"^.*(?:(?<![\\a-z])[a-z]{2,}\b[^a-z]+){5}.*$", "", said)
 
 
 def unmatched(problems):
     """[a sentence on how many reference answers no answer can match], or [] if there are none."""
     answers = sorted({problem.answer for problem in problems.train + problems.held_out})
-    tried, lost = random.Random(0).sample(answers, min(2000, len(answers))), []
-    for answer in tried:
-        said = answer
-        for pattern, by in BY_A_MODEL:
-            said = pattern.sub(by, said)
-        if math_reward(f"\\boxed{{{said}}}", answer) == 0:
-            lost.append(answer)
-    return lost and [
-        f"{problems.path}: no answer as models write it would match {len(lost)} of the "
-        f"{len(tried)} different reference answers tried, such as {lost[0][:50]!r}."]
-
-
-# What a row may hold beside its question, and where its question may want the answer.
-BESIDE = ("choices", "options", "context", "passage", "image", "images", "system")
-ELSEWHERE = re.compile(r"####|\[\[|</?(?:answer|think)|(?:nswer|NSWER)\W{0,3}:|nswer is[\"'`:]"
-                       r"|(?:last|final|own) line|(?:JSON|json)\b")
+    tried = random.Random(0).sample(answers, min(2000, len(answers)))
+    lost = [x for x in tried if math_reward(f"\\boxed{{{as_models_write(x)}}}", x) == 0]
+    return lost and [f"{problems.path}: no answer as models write it would match {len(lost)} of "
+                     f"the {len(tried)} different references tried, such as {lost[0][:50]!r}."]
 
 
 def read_math(record, told):
-    """The MathProblem of a JSON object; a ValueError says what it lacks.
-
-    It has problem, question or prompt, a text or a chat, and answer, label or solution. Of a worked
-    solution only what follows "####", or its last \\boxed{}, is the answer. What of a row is not
-    used is counted in told.
-    """
+    """The MathProblem of a JSON object with problem, question or prompt, a text or a chat, and
+    answer, label or solution; a ValueError says what it lacks. Of a worked solution only what
+    follows "####", or its last \\boxed{}, is the answer. What is not used is counted in told."""
     question = next((record[k] for k in ("problem", "question", "prompt") if record.get(k)), None)
     chat = question if isinstance(question, list) else []
-    if chat:                                           # what its user said last
-        turns = [turn for turn in chat if isinstance(turn, dict) and turn.get("role") == "user"]
-        question = turns[-1].get("content") if turns else None
+    for turn in chat:                                  # what its user said last
+        if isinstance(turn, dict) and turn.get("role") == "user":
+            question = turn.get("content")
     if isinstance(record.get("reward_model"), dict):   # verl keeps ground_truth in there
         record = record["reward_model"] | record
     keys = ("answer", "final_answer", "label", "ground_truth", "solution")
@@ -735,19 +683,20 @@ def read_math(record, told):
         raise ValueError("no text under problem, question or prompt")
     if not isinstance(answer, (str, int, float)):
         raise ValueError("no text or number under answer, final_answer, label or solution")
-    if isinstance(answer, float):
-        answer = format(Decimal(str(answer)), "f")
-    answer = re.sub(r"\\boxed\s+(\w+)", r"\\boxed{\1}", str(answer))
+    answer = format(Decimal(str(answer)), "f") if isinstance(answer, float) else str(answer)
+    answer = re.sub(r"\\boxed\s+(\w+)", r"\\boxed{\1}", answer)
     if "####" in answer:                               # GSM8K
         answer = answer.rpartition("####")[2]
     elif last_boxed(answer) is not None:
         answer = last_boxed(answer)
     elif key == "solution" and len(answer) > 40:       # some files keep the bare answer there
         raise ValueError("the solution has no \\boxed{} and no answer beside it")
-    told.update(f"have {key}, which the prompt does not show" for key in BESIDE if record.get(key))
-    if len(chat) > 1:
-        told["have a system prompt or more turns, which the prompt does not show"] += 1
-    if ELSEWHERE.search(question) and "\\boxed" not in question:
+    beside = ("choices", "options", "context", "passage", "image", "images", "system")
+    told.update(f"have {key}, which the prompt does not show" for key in beside if record.get(key))
+    told["have a system prompt or more turns, which the prompt does not show"] += len(chat) > 1
+    other_form = (r"####|\[\[|</?(?:answer|think)|(?:nswer|NSWER)\W{0,3}:|nswer is[\"'`:]"
+                  r"|(?:last|final|own) line|(?:JSON|json)\b")
+    if re.search(other_form, question) and "\\boxed" not in question:
         told["ask for another form of answer, but only our \\boxed{} is read"] += 1
     return MathProblem(question, answer.strip())
 
@@ -757,10 +706,8 @@ def only_item(answer):
     item = answer
     if isinstance(answer, str) and answer.lstrip()[:1] in ("[", '"'):
         text = answer.replace("['", '["').replace("']", '"]')
-        try:                                           # JSON, or LaTeX whose \ were not doubled
+        with suppress(ValueError, RecursionError):     # JSON, or LaTeX whose \ were not doubled
             item = json.loads(re.sub(r'(?<!\\)\\(?=[^\\"u])', r"\\\\", text))
-        except (ValueError, RecursionError):
-            pass
     while isinstance(item, list) and len(item) == 1:
         item = item[0]
     return answer if isinstance(item, (list, dict)) else item
@@ -775,74 +722,38 @@ def read_countdown(record, told):
     return Problem(tuple(numbers), target)
 
 
-def load_problems(path, read=read_math, say=print):
-    """What `read` makes of each JSON object of a file, one a line or all in one array.
-
-    path: a local file, or hf://owner/repo[@revision]/path/file.jsonl. A problem that comes again is
-    taken once, an object that read refuses is left out, and `say` is told of how many; UserError
-    where none is left.
-    """
-    problems, refused, told, count = {}, [], Counter(), 0
-    for number, line in enumerate(lines_of(path), start=1):
-        if not line.strip():
-            continue
-        count += 1
-        try:
-            record = json.loads(line)
-            if not isinstance(record, dict):
-                raise ValueError("not a JSON object")
-            problem = read(record, told)
-        except (ValueError, RecursionError) as error:
-            refused.append(f"line {number}: {error}")
-            continue
-        first = problems.setdefault(" ".join(problem.identity.split()), problem)
-        told["repeat an earlier problem: each is used once"] += first is not problem
-        told["give an earlier problem another answer: the first is used"] += first[1] != problem[1]
-    if not problems:
-        raise UserError(f"{path} holds no problems" + (f"; {refused[0]}." if refused else "."))
-    if refused:
-        say(f"{path}: {len(refused)} of {count} lines left out, the first {refused[0]}.")
-    for what, lines in told.items():
-        if lines:
-            say(f"{path}: {lines} of {count} lines {what}.")
-    return list(problems.values())
-
-
 def lines_of(path):
-    """The lines of a file, or the items of its JSON array, each as JSON."""
-    file = download(path) if "://" in str(path) else path
+    """(number, JSON) of the lines of a file that are not blank, or of the items of its JSON array.
+    path may be hf://owner/repo[@revision]/path/file.jsonl; nothing else goes online."""
+    file = path
+    if "://" in str(path):
+        match = re.fullmatch(
+            r"hf://(?:datasets/)?(?!datasets/)([^/@]+/[^/@]+)(?:@([^/]+))?/(.+)", path)
+        if not match:
+            raise UserError(f"{path} is not of the form hf://owner/repo/file.jsonl.")
+        try:
+            from huggingface_hub import hf_hub_download    # everything else runs without it
+            file = hf_hub_download(match[1], match[3], repo_type="dataset", revision=match[2])
+        except Exception as error:                     # offline, no such file, no access
+            raise UserError(f"Cannot fetch {path}: {' '.join(str(error).split())}") from None
     try:
         with open(file, "rb") as lines:
-            start = lines.read(1000).lstrip()
-            lines.seek(0)
+            start = lines.peek().lstrip()
             if start[:4] == b"PAR1":
                 raise UserError(f"{path} is a parquet file: convert it once, by pandas.read_parquet"
                                 f"('{file}').to_json('data.jsonl', orient='records', lines=True).")
-            yield from map(json.dumps, json.load(lines)) if start[:1] == b"[" else lines
+            items = map(json.dumps, json.load(lines)) if start[:1] == b"[" else lines
+            yield from ((n, item) for n, item in enumerate(items, start=1) if item.strip())
     except OSError as error:
         raise UserError(f"Cannot read {path}: {error.strerror}.") from None
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path} is not a JSON array: {error}.") from None
 
 
-def download(path):
-    """The local copy of a file in a Hugging Face dataset repository; nothing else goes online."""
-    match = re.fullmatch(r"hf://(?:datasets/)?(?!datasets/)([^/@]+/[^/@]+)(?:@([^/]+))?/(.+)", path)
-    if not match:
-        raise UserError(f"{path} is not of the form hf://owner/repo/file.jsonl.")
-    try:
-        from huggingface_hub import hf_hub_download    # everything else runs without it
-        return hf_hub_download(
-            repo_id=match[1], revision=match[2], filename=match[3], repo_type="dataset")
-    except Exception as error:                         # offline, no such file, no access
-        raise UserError(f"Cannot fetch {path}: {' '.join(str(error).split())}") from None
-
-
 # --------------------------------------------- the task's flags, which train.py and eval.py share
 
 # The flags that say what is measured.
 SETTING = ("task", "prompt", "counts", "high", "targets", "max_new_tokens", "verifier")
-
 # The style decides the defaults: a bare expression, or reasoning that ends in a tag or a box.
 DEFAULTS = {
     "bare": {"counts": [4], "high": 9, "targets": [1, 60], "max_new_tokens": 24},

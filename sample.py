@@ -70,8 +70,7 @@ def sample(policy, tokenizer, prompts, group_size, max_new_tokens, temperature=1
     T = int(length.max())
     mask = torch.arange(T, device=device) < length[:, None]                 # (B, T)
     response = torch.where(mask, answers.tokens[:, :T], pad)
-    stop_ids = torch.tensor(policy.stop_ids, dtype=torch.int64, device=device)
-    finished = torch.isin(response.gather(1, length[:, None] - 1)[:, 0], stop_ids)
+    finished = torch.isin(response.gather(1, length[:, None] - 1)[:, 0], answers.stop_ids)
     shown = (length - finished.long()).tolist()        # the stop token is not part of the text
     return Rollout(
         tokens=torch.cat([prompt[prompt_of], response], dim=1), prompt_mask=prompt_mask[prompt_of],
@@ -175,9 +174,7 @@ def can_be_captured(stepper):
 
 def capture(step, state):
     """`step`, some hundred small kernels on the same tensors each time, as one CUDA graph -> a
-    function that runs it. The trial run's traces in `state` are undone; all other tensors are
-    written with the same values again.
-    """
+    function that runs it. A trial run's traces in `state` are undone; the rest is written anew."""
     before, stream = [x.clone() for x in state], torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):                    # libraries set themselves up beforehand
@@ -213,26 +210,23 @@ class FusedBlock:
 
         attention, mlp, self.qk_norm = block.self_attn, block.mlp, None
         qkv = attention.q_proj, attention.k_proj, attention.v_proj
+        gate_up = mlp.gate_proj, mlp.up_proj
         self.qkv, self.qkv_bias = stack(*qkv, norm=block.input_layernorm)
+        self.out, self.out_bias = stack(attention.o_proj)
+        self.gate_up, self.gate_up_bias = stack(*gate_up, norm=block.post_attention_layernorm)
+        self.down, self.down_bias = stack(mlp.down_proj)
         if hasattr(attention, "q_norm"):
             heads, kv_heads = (len(x.weight) // attention.head_dim for x in qkv[:2])
-            q_norm = attention.q_norm.weight.expand(heads, -1)
-            k_norm = attention.k_norm.weight.expand(kv_heads, -1)
-            self.qk_norm = torch.cat([q_norm, k_norm]).to(dtype)            # (heads + kv_heads, ..)
-        self.out, self.out_bias = stack(attention.o_proj)
-        self.gate_up, self.gate_up_bias = stack(mlp.gate_proj, mlp.up_proj,
-                                                norm=block.post_attention_layernorm)
-        self.down, self.down_bias = stack(mlp.down_proj)
+            norms = [attention.q_norm.weight] * heads + [attention.k_norm.weight] * kv_heads
+            self.qk_norm = torch.stack(norms).to(dtype)                     # (heads + kv_heads, ..)
 
 
 class Stepper:
-    """`Policy.forward` for one token per row, on plain tensors: where sampling spends its time.
-
-    The same mathematics in fewer operations: q, k and v are one product, gate and up another; a
-    norm's weight is folded into the matrix that reads it, a residual is added by the product before
-    it, and the query heads that share a key head are the rows of one small product. The weights are
-    copies, so a Stepper serves one `sample` call.
-    """
+    """`Policy.forward` for one token per row, on plain tensors: where sampling spends its time. The
+    same mathematics in fewer operations: q, k and v are one product, gate and up another; a norm's
+    weight is folded into the matrix that reads it, a residual is added by the product before it,
+    and the query heads that share a key head are the rows of one small product. The weights are
+    copies, so a Stepper serves one `sample` call."""
 
     def __init__(self, policy, cache, mask, room):
         """Rows go on from prompts in `cache`, mask (prompts, P) bool, by `room` tokens at most."""
@@ -251,9 +245,8 @@ class Stepper:
         self.cos = torch.cat([angles.cos(), angles.cos()], dim=1).to(dtype)     # (S, head_dim)
         self.sin = torch.cat([-angles.sin(), angles.sin()], dim=1).to(dtype)
         # Added to the attention scores: -inf hides padding and slots that are not yet written.
-        seen = F.pad(mask, (0, room), value=False)[:, None]                 # (B, 1, S)
-        bias = torch.where(seen, 0.0, -math.inf).to(dtype)
-        self.bias = bias.repeat_interleave(self.kv_heads, 0)                # (B kv_heads, 1, S)
+        seen = F.pad(mask, (0, room), value=False).repeat_interleave(self.kv_heads, 0)
+        self.bias = torch.where(seen, 0.0, -math.inf).to(dtype)[:, None]    # (B kv_heads, 1, S)
         self.padding = (~mask).sum(1)                  # (B,): positions count real tokens only
         self.slot = torch.tensor([cache.length], device=device)    # where the next keys go
 
@@ -295,13 +288,11 @@ class Stepper:
         """Go on with these rows alone, each of them once or several times."""
         if torch.equal(rows, torch.arange(len(self.padding), device=rows.device)):
             return
-        self.keys = [self.of_rows(k, rows) for k in self.keys]
-        self.values = [self.of_rows(v, rows) for v in self.values]
-        self.bias, self.padding = self.of_rows(self.bias, rows), self.padding[rows]
-
-    def of_rows(self, x, rows):
-        """(B kv_heads, ...) -> (len(rows) kv_heads, ...)"""
-        return x.view(-1, self.kv_heads, *x.shape[1:]).index_select(0, rows).flatten(0, 1)
+        heads = torch.arange(len(self.bias), device=rows.device).view(-1, self.kv_heads)
+        heads = heads[rows].flatten()                                       # (rows kv_heads,)
+        self.keys = [k.index_select(0, heads) for k in self.keys]
+        self.values = [v.index_select(0, heads) for v in self.values]
+        self.bias, self.padding = self.bias.index_select(0, heads), self.padding[rows]
 
 
 # ------------------------------------------ prompts to tokens, tokens to texts, rollouts together
@@ -320,10 +311,10 @@ def chat(tokenizer, system, text, style):
     where there is no template. UserError if the template fails."""
     if style == "bare" or not tokenizer.chat_template:
         return text
-    user = {"role": "user", "content": text}
+    system_turn, user = {"role": "system", "content": system}, {"role": "user", "content": text}
     both = {"role": "user", "content": f"{system}\n\n{text}"}
-    for turns in [{"role": "system", "content": system}, user], [both]:
-        try:                                           # some templates refuse a system turn
+    for turns in [system_turn, user], [both]:          # some templates refuse a system turn
+        try:
             template = SAME_DAY + tokenizer.get_chat_template()
             return Templated(tokenizer.apply_chat_template(
                 turns, chat_template=template, tokenize=False, add_generation_prompt=True))
@@ -335,8 +326,8 @@ def chat(tokenizer, system, text, style):
 def encode(tokenizer, prompts, device):
     """Strings -> token ids (prompts, P) padded on the left, and their mask, bool. Plain text gets
     the special tokens that the tokenizer adds, unless it begins with one already."""
-    begun = isinstance(prompts[0], Templated) or (
-        bool(tokenizer.bos_token) and prompts[0].startswith(tokenizer.bos_token))
+    begin = tokenizer.bos_token
+    begun = isinstance(prompts[0], Templated) or begin and prompts[0].startswith(begin)
     batch = tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt",
                       add_special_tokens=not begun)
     return batch.input_ids.to(device), batch.attention_mask.bool().to(device)
@@ -346,8 +337,7 @@ def texts_of(tokenizer, answers):
     """Lists of token ids -> texts in which every token shows: an answer may hide nothing from the
     verifier, because smoothing pays for unlikely tokens. Special tokens stay, and an id that the
     model has and the tokenizer has not (Qwen2.5: 271 of 151,936) is written as <|id|>."""
-    drawn = {i for ids in answers for i in ids}
-    nameless = {i for i in drawn if not tokenizer.convert_ids_to_tokens(i)}
+    nameless = {i for i in set().union(*answers) if not tokenizer.convert_ids_to_tokens(i)}
     texts = []
     for ids in answers:
         parts = []
@@ -360,21 +350,18 @@ def texts_of(tokenizer, answers):
 
 def join(rollouts, pad):
     """Several rollouts as one: prompts padded on the left to the widest, responses on the right."""
-    P = max(r.prompt_mask.shape[1] for r in rollouts)
-    T = max(r.mask.shape[1] for r in rollouts)
+    def padded(tensors, value, left=False):
+        width = max(x.shape[1] for x in tensors)
+        gaps = [width - x.shape[1] for x in tensors]
+        return torch.cat([F.pad(x, (gap, 0) if left else (0, gap), value=value)
+                          for x, gap in zip(tensors, gaps)])
 
-    def left(tensors, value):
-        return torch.cat([F.pad(x, (P - x.shape[1], 0), value=value) for x in tensors])
-
-    def right(tensors, value):
-        return torch.cat([F.pad(x, (0, T - x.shape[1]), value=value) for x in tensors])
-
-    prompt = left([r.tokens[:, :r.prompt_mask.shape[1]] for r in rollouts], pad)
-    response = right([r.response for r in rollouts], pad)
+    prompt = padded([r.tokens[:, :r.prompt_mask.shape[1]] for r in rollouts], pad, left=True)
+    response = padded([r.response for r in rollouts], pad)
     return Rollout(
         tokens=torch.cat([prompt, response], dim=1), response=response,
-        prompt_mask=left([r.prompt_mask for r in rollouts], False),
-        mask=right([r.mask for r in rollouts], False), logp=right([r.logp for r in rollouts], 0.0),
+        prompt_mask=padded([r.prompt_mask for r in rollouts], False, left=True),
+        mask=padded([r.mask for r in rollouts], False), logp=padded([r.logp for r in rollouts], 0),
         texts=[text for r in rollouts for text in r.texts],
         finished=torch.cat([r.finished for r in rollouts]))
 

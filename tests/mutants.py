@@ -727,7 +727,7 @@ REWARDS = [
     ),
     (
         "a needed bracket is left out",
-        ('WRAP_RIGHT = {"+": "", "-": "+-"', 'WRAP_RIGHT = {"+": "", "-": ""'),
+        ('"-": ("", "+-")', '"-": ("", "")'),
         "-k generated_examples",
     ),
     (
@@ -980,8 +980,8 @@ SAMPLE = [
     (
         "every answer is finished",
         (
-            "finished = torch.isin(response.gather(1, length[:, None] - 1)[:, 0], stop_ids)",
-            "finished = length > 0",
+            "torch.isin(response.gather(1, length[:, None] - 1)[:, 0], answers.stop_ids)",
+            "length > 0",
         ),
         "-k answer_ends",
     ),
@@ -999,11 +999,7 @@ SAMPLE = [
     ),
     (
         "joined prompts padded on the right",
-        (
-            "F.pad(x, (P - x.shape[1], 0), value=value)",
-            "F.pad(x, (0, P - x.shape[1]), value=value)",
-        ),
-        "-k joined",
+        ("(gap, 0) if left else (0, gap)", "(0, gap)"), "-k joined",
     ),
     (
         "texts of other rows taken",

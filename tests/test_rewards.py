@@ -49,7 +49,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rewards
-from rewards import Countdown, Math, Problem, countdown_reward, load_problems, math_reward
+from rewards import Countdown, Math, Problem, Problems, countdown_reward, math_reward
 
 LAPTOP = Countdown()
 PAPER = Countdown(counts=(3, 4), high=99, targets=(10, 100), style="think")
@@ -1094,6 +1094,10 @@ def write(tmp_path, *lines, name="data.jsonl"):
     return str(path)
 
 
+def load_problems(path):
+    return Problems(path, rewards.read_math, held_out=1.0).held_out
+
+
 @pytest.mark.parametrize("record, question, answer", [
     ({"problem": "1+1?", "answer": "2"}, "1+1?", "2"),
     ({"question": "1+1?", "answer": 2}, "1+1?", "2"),
@@ -1208,11 +1212,13 @@ def test_a_question_that_asks_for_a_box_is_not_asked_twice(tmp_path):
 ])
 def test_a_bad_line_is_left_out_and_told(tmp_path, bad):
     """Kills a file of hundreds refused for one line, and lines dropped without a word."""
-    good, said = {"problem": "q", "answer": "1"}, []
+    good = {"problem": "q", "answer": "1"}
     others = [good | {"problem": f"q{n}"} for n in range(398)]
     path = write(tmp_path, good, "", bad, *others)
-    assert len(load_problems(path, say=said.append)) == 399
-    assert len(said) == 1 and "1 of 400 lines left out, the first line 3: " in said[0], said
+    problems = Problems(path, rewards.read_math, held_out=1.0)
+    assert len(problems.held_out) == 399
+    [note] = problems.notes
+    assert "1 of 400 lines left out, the first line 3: " in note, note
     alone = write(tmp_path, "", bad, name="alone.jsonl")
     if not bad.startswith("["):  # there it is a JSON array, and a bad one
         with pytest.raises(ValueError, match=r"alone\.jsonl holds no problems; line 2: "):
@@ -1230,10 +1236,10 @@ def test_files_that_cannot_be_read(tmp_path):
     for text in ("[" * 9000, '[{"problem": "q"', "[1] [2]"):
         with pytest.raises(ValueError, match="is not a JSON array"):
             load_problems(write(tmp_path, text))
-    said = []
     (tmp_path / "latin.jsonl").write_bytes(b'{"problem": "q", "answer": "1"}\n{"problem": "\xe9"}')
-    assert load_problems(tmp_path / "latin.jsonl", say=said.append) == [("q", "1")]
-    assert "line 2" in said[0], "a line that is not UTF-8 is one bad line"
+    problems = Problems(tmp_path / "latin.jsonl", rewards.read_math, held_out=1.0)
+    assert problems.held_out == [("q", "1")]
+    assert "line 2" in problems.notes[0], "a line that is not UTF-8 is one bad line"
     (tmp_path / "p.parquet").write_bytes(b"PAR1\x15\x04")
     with pytest.raises(ValueError, match=r"pandas.read_parquet\(.*p\.parquet.*lines=True"):
         load_problems(tmp_path / "p.parquet")
@@ -1263,7 +1269,7 @@ def test_hub_files(tmp_path, monkeypatch, path, repo, revision, filename):
 def test_hub_errors_are_one_sentence(monkeypatch):
     hub = pytest.importorskip("huggingface_hub")
 
-    def offline(**kwargs):
+    def offline(*args, **kwargs):
         raise ConnectionError("no route\nto host")
 
     monkeypatch.setattr(hub, "hf_hub_download", offline)
