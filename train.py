@@ -525,9 +525,9 @@ def make_base(base, args, device, dtype):
     # An impossible task is told before anything is written; so is one that teaches wrong answers.
     if not task.reward(*task.example(random.Random(0))):
         raise UserError(f"--warm-steps teaches bare expressions, not --prompt {args.prompt}.")
+    base.parent.mkdir(parents=True, exist_ok=True)     # an error there is told now
     warm_start(policy, tokenizer, task, args.warm_steps, optimizer, prompts, args.seed, say)
-    # Aside first: a killed warm start leaves no half a base, and of two runs that make the same
-    # base at the same time the first to end has it.
+    # Aside first: no half a base is left, and of two runs that make the same the first has it.
     aside = base.with_name(f"{base.name}.{os.getpid()}.tmp")
     write_json(aside / "flags.json", {key: getattr(args, key) for key in
                                       ("model", *SETTING, "warm_steps", "warm_lr", "seed")})

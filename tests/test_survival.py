@@ -569,7 +569,7 @@ BAD = {  # command line -> what the one sentence must say
     "train --loss grpo --name notes": "holds no run",
     "train --loss grpo --name torn --resume": "flags.json is missing or damaged",
     "train --loss grpo --name cut --resume": "no usable checkpoint",
-    "train --loss grpo --out {out}/notes/diary.txt": "Not a directory",
+    "train --loss grpo --out {out}/notes/diary.txt": "File exists",
     "train --loss grpo --name notes/diary.txt": "Not a directory",
     # eval.py
     "eval": "models",
