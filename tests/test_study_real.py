@@ -21,19 +21,20 @@ def line(correct, samples=32, temperatures=("0.7",)):
 
 def test_the_plan_starts_with_the_comparison_and_every_run_is_in_it_once():
     names = study_real.plan({})
-    assert names[:3] == ["base, seed 0", "grpo --lr 2e-5, seed 0",
-                         "diffsmooth --gamma_p 0.2 --lr 2e-5, seed 0"]
-    assert len(names) == len(set(names))
-    assert not any(name.endswith(", seed 0") for name in names[names.index("base, seed 4"):])
+    assert names[:4] == ["base, seed 0", "base, seed 4", "grpo --lr 5e-5, seed 0",
+                         "diffsmooth --gamma_p 0.2 --lr 5e-5, seed 0"]
+    assert len(names) == len(set(names)) == 2 + 6 * 3 + 3 * (5 + 2)
+    assert names[8] == "grpo --lr 5e-5, seed 6", "the comparison on all seeds comes first"
 
 
 def test_the_rate_with_the_highest_score_is_kept_once_all_are_tried():
-    results = {"grpo --lr 2e-5, seed 0": line(4), "grpo --lr 5e-5, seed 0": line(9)}
-    assert study_real.best(results, "grpo") is None
-    assert "maxrl --lr 2e-5, seed 4" in study_real.plan(results)           # until then the first
-    results["grpo --lr 1e-5, seed 0"] = line(6)
-    assert study_real.best(results, "grpo") == "5e-5"
-    assert "grpo --lr 5e-5, seed 4" in study_real.plan(results)
+    results = {"maxrl --lr 5e-5, seed 0": line(4), "maxrl --lr 2e-5, seed 0": line(9)}
+    assert study_real.best(results, "maxrl") is None
+    assert "maxrl --lr 5e-5, seed 4" in study_real.plan(results)           # until then the first
+    results["maxrl --lr 1e-4, seed 0"] = line(6)
+    assert study_real.best(results, "maxrl") == "2e-5"
+    plan = study_real.plan(results)
+    assert "maxrl --lr 2e-5, seed 4" in plan and "maxrl --lr 5e-5, seed 4" not in plan
 
 
 def test_pass_at_k_and_the_score_by_hand():
@@ -61,6 +62,22 @@ def test_the_page_is_true_of_any_part_of_the_runs(capsys):
             "-12.5 [-12.5, -12.5] at 1") in said
     assert "maxrl --lr 5e-5, seed 0` minus `grpo" not in said              # it has no such rate yet
 
-    results |= {"base, seed 4": line(8, 64, ("0.7", "1.0"))}
+    results |= {"base, seed 4": line(8, temperatures=("0.7", "1.0"))}
     study_real.print_page(results)
-    assert "## fresh seeds: 256 test problems x 64 answers, T 1.0" in capsys.readouterr().out
+    assert "## fresh seeds: 256 test problems x 32 answers, T 1.0" in capsys.readouterr().out
+
+
+def test_means_over_seeds_by_hand(capsys):
+    """Seeds 4 and 5 gain 25 and -12.5 at k = 1; seed 6 has no run of GRPO."""
+    smooth, runs = "diffsmooth --gamma_p 0.2 --lr 5e-5", {}
+    for seed, ours, theirs in ((4, 16, 8), (5, 4, 8), (6, 9, None)):
+        runs[f"{smooth}, seed {seed}"] = line(ours)
+        if theirs:
+            runs[f"grpo --lr 5e-5, seed {seed}"] = line(theirs)
+    study_real.print_means(runs, "0.7")
+    said = capsys.readouterr().out
+    assert f"- `{smooth}` minus GRPO, mean of seeds 4, 5: +6.2 [+6.2, +6.2] at 1 (not in all" in said
+    assert said.count("\n- ") == 0, "GRPO has a line of its own"
+    runs[f"{smooth}, seed 5"] = line(16)
+    study_real.print_means(runs, "0.7")
+    assert "+25.0 [+25.0, +25.0] at 1, " in capsys.readouterr().out
