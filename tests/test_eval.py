@@ -563,7 +563,7 @@ def test_open_flags_are_those_of_the_runs(tmp_path):
     assert (args.task, args.data, args.counts) == ("math", "b", None), \
         "a run with an exam of its own is measured on that"
     (tmp_path / "one" / "model").rmdir()
-    with pytest.raises(ValueError, match="has no finished model yet"):
+    with pytest.raises(ValueError, match="has no model yet"):
         evaluation.task_of_runs(evaluation.parse([one]))
     args = evaluation.parse(["owner/model"])
     evaluation.task_of_runs(args)

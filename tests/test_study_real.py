@@ -76,7 +76,7 @@ def test_means_over_seeds_by_hand(capsys):
             runs[f"grpo --lr 5e-5, seed {seed}"] = line(theirs)
     study_real.print_means(runs, "0.7")
     said = capsys.readouterr().out
-    assert f"- `{smooth}` minus GRPO, mean of seeds 4, 5: +6.2 [+6.2, +6.2] at 1 (not in all" in said
+    assert f"- `{smooth}` minus GRPO, mean of seeds 4, 5: +6.2 [+6.2, +6.2] at 1 (not in" in said
     assert said.count("\n- ") == 0, "GRPO has a line of its own"
     runs[f"{smooth}, seed 5"] = line(16)
     study_real.print_means(runs, "0.7")

@@ -138,8 +138,8 @@ steps at 3e-4 6.8 / 56.3 (1,094 s), 300 at 6e-4 6.1 / 52.3 (1,106 s). From the f
 at 2e-5 changed nothing that one could see; so it is the second, 48 steps, and 5e-5 to begin with.
 
 **Expected beforehand**, from one try by hand: each loss raises Pass@1 by some points and lowers
-Pass@32; smoothing is within 1 point of GRPO at every k, because so few steps are too few for GRPO to
-collapse; a higher rate sharpens more. It is contradicted if the interval of a difference between the
+Pass@32; smoothing is within 1 point of GRPO at every k, because GRPO cannot collapse in so few
+steps; a higher rate sharpens more. It is contradicted if the interval of a difference between the
 two lies beyond 1 point, or if the base keeps the higher Pass@1.
 
 The intervals are paired, 95 %, over problems alone: what another seed would change is not in them,
