@@ -23,7 +23,7 @@ def test_the_plan_starts_with_the_comparison_and_every_run_is_in_it_once():
     names = study_real.plan({})
     assert names[:4] == ["base, seed 0", "base, seed 4", "grpo --lr 5e-5, seed 0",
                          "diffsmooth --gamma_p 0.2 --lr 5e-5, seed 0"]
-    assert len(names) == len(set(names)) == 2 + 6 * 3 + 3 * (5 + 2)
+    assert len(names) == len(set(names)) == 2 + 6 * 3 + 3 * (5 + 2 + 2)
     assert names[8] == "grpo --lr 5e-5, seed 6", "the comparison on all seeds comes first"
 
 
@@ -81,3 +81,9 @@ def test_means_over_seeds_by_hand(capsys):
     runs[f"{smooth}, seed 5"] = line(16)
     study_real.print_means(runs, "0.7")
     assert "+25.0 [+25.0, +25.0] at 1, " in capsys.readouterr().out
+
+
+def test_a_longer_run_is_read_against_a_longer_one():
+    assert study_real.baseline("diffsmooth --gamma_p 0.2 --steps 96 --lr 1e-4, seed 4") == \
+        "grpo --steps 96 --lr 1e-4, seed 4"
+    assert study_real.baseline("maxrl --lr 2e-5") == "grpo --lr 2e-5"

@@ -30,6 +30,7 @@ SHARED = ("--prompt bare --warm-steps 300 --warm-lr 3e-4 --prompts 16 --group-si
 RATES = ("5e-5", "2e-5", "1e-4")                       # the first is the one to compare at
 LOSSES = ("grpo", "diffsmooth --gamma_p 0.2", "maxrl", "passk --k 4", "entropy --entropy_coef 0.03")
 STRONGER = "diffsmooth --gamma_p 0.4"
+LONGER = ("grpo --steps 96", "diffsmooth --gamma_p 0.2 --steps 96")     # at the highest rate
 SEEDS = (4, 5, 6)                                      # fresh: seed 0 is for choosing
 PROBLEMS = 256
 SAMPLES = {0: 32}                                      # of seed 0; of all others:
@@ -51,7 +52,14 @@ def plan(results):
     for seed in SEEDS:
         names += [name_of(flags, lr, seed) for flags, lr in zip(LOSSES, kept)]
         names += [name_of(LOSSES[0], lr, seed) for lr in RATES]
+        names += [name_of(flags, RATES[-1], seed) for flags in LONGER]
     return list(dict.fromkeys(names))
+
+
+def baseline(setting):
+    """The name of GRPO's setting with this one's rate and number of steps."""
+    flags, lr = setting.split(" --lr ")
+    return f"{LONGER[0] if '--steps' in flags else LOSSES[0]} --lr {lr}"
 
 
 def best(results, flags):
@@ -182,9 +190,8 @@ def print_table(lines, temperature):
               + f" | {means['distinct']:.2f} | {line['cpu seconds'] / 60:.0f} |")
     print()
     for name in lines:
-        loss, rest = name.split(" --lr ") if " --lr " in name else (None, None)
-        for other in (base, f"grpo --lr {rest}"):
-            if loss and other in lines and other != name:
+        for other in (base, baseline(name)) if name != base else ():
+            if other in lines and other != name:
                 print(f"- `{name}` minus `{other}`: " + ", ".join(
                     f"{gain['mean']:+.1f} [{gain['low']:+.1f}, {gain['high']:+.1f}] at {k}"
                     for k, gain in zip(KS, (evaluation.interval(x, picks)
@@ -198,9 +205,8 @@ def print_means(lines, temperature):
     gains = {}                                         # setting -> per seed, (problems, KS)
     for name, line in lines.items():
         setting, seed = name.split(", seed ")
-        flags, _, lr = setting.partition(" --lr ")
-        other = lines.get(name_of(LOSSES[0], lr, seed))
-        if flags != LOSSES[0] and other:
+        other = None if setting == "base" else lines.get(baseline(name))
+        if other and other is not line:
             gain = passes(line, temperature) - passes(other, temperature)
             gains.setdefault(setting, {})[seed] = gain
     for setting, by_seed in gains.items():
