@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(Path(__file__).resolve().parent / "bench"))
 import study_real
 
@@ -76,14 +77,29 @@ def test_means_over_seeds_by_hand(capsys):
             runs[f"grpo --lr 5e-5, seed {seed}"] = line(theirs)
     study_real.print_means(runs, "0.7")
     said = capsys.readouterr().out
-    assert f"- `{smooth}` minus GRPO, mean of seeds 4, 5: +6.2 [+6.2, +6.2] at 1 (not in" in said
-    assert said.count("\n- ") == 0, "GRPO has a line of its own"
+    assert f"| `{smooth}`, seeds 4, 5, 6 | 30.2 |" in said and "`, seeds 4, 5 | 25.0 |" in said
+    assert f"| `{smooth}` minus GRPO, seeds 4, 5 | +6.2 [+6.2, +6.2] |" in said
+    assert "in the sign of the difference at k = 1, " in said and said.count("minus") == 1
     runs[f"{smooth}, seed 5"] = line(16)
     study_real.print_means(runs, "0.7")
-    assert "+25.0 [+25.0, +25.0] at 1, " in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "+25.0 [+25.0, +25.0] |" in said and "of the difference at k = 32." in said, "100 - 100"
 
 
 def test_a_longer_run_is_read_against_a_longer_one():
     assert study_real.baseline("diffsmooth --gamma_p 0.2 --steps 96 --lr 1e-4, seed 4") == \
         "grpo --steps 96 --lr 1e-4, seed 4"
     assert study_real.baseline("maxrl --lr 2e-5") == "grpo --lr 2e-5"
+
+
+def test_the_page_is_that_of_the_runs_and_readme_has_its_numbers(capsys):
+    """Kills a page that was not printed again, and numbers in README that were typed."""
+    bench = ROOT / "tests" / "bench"
+    study_real.print_page(study_real.read(bench / "study_real.json"))
+    page = capsys.readouterr().out
+    assert (bench / "study_real.md").read_text() == page
+    section = (ROOT / "README.md").read_text().partition("## A real model")[2].partition("\n## ")[0]
+    rows = [row for row in section.splitlines() if row.startswith("| `")]
+    assert len(rows) >= 3
+    for row in rows:
+        assert row in page, row

@@ -200,23 +200,38 @@ def print_table(lines, temperature):
 
 
 def print_means(lines, temperature):
-    """What each setting gains over GRPO at its rate, averaged over the seeds that both have."""
+    """Pass@k of each setting, averaged over its seeds; and what it gains over GRPO's at its rate,
+    averaged over the seeds that both have."""
     picks = np.random.default_rng(0).integers(0, PROBLEMS, (2000, PROBLEMS))
-    gains = {}                                         # setting -> per seed, (problems, KS)
+    curves = {}                                        # setting -> seed -> (problems, KS)
     for name, line in lines.items():
         setting, seed = name.split(", seed ")
-        other = None if setting == "base" else lines.get(baseline(name))
-        if other and other is not line:
-            gain = passes(line, temperature) - passes(other, temperature)
-            gains.setdefault(setting, {})[seed] = gain
-    for setting, by_seed in gains.items():
-        means = [evaluation.interval(x, picks) for x in np.mean([*by_seed.values()], axis=0).T]
-        signs = np.sign([gain.mean(0) for gain in by_seed.values()]).T      # (KS, seeds)
-        said = [f"{gain['mean']:+.1f} [{gain['low']:+.1f}, {gain['high']:+.1f}] at {k}"
-                + " (not in all seeds)" * bool(abs(sign.sum()) < len(sign))
-                for k, gain, sign in zip(KS, means, signs)]
-        print(f"- `{setting}` minus GRPO, mean of seeds {', '.join(by_seed)}: {', '.join(said)}")
-    print()
+        curves.setdefault(setting, {})[seed] = passes(line, temperature)
+    print("| mean of seeds | " + " | ".join(f"k = {k}" for k in KS) + " |")
+    print("|---" * (len(KS) + 1) + "|")
+    for setting, by_seed in curves.items():
+        mean = np.mean([*by_seed.values()], axis=(0, 1))
+        seeds = "" if setting == "base" else ", " + seeds_of(by_seed)
+        print(f"| `{setting}`{seeds} | " + " | ".join(f"{x:.1f}" for x in mean) + " |")
+    told = []
+    for setting, by_seed in curves.items():
+        theirs = {} if setting == "base" else curves.get(baseline(setting), {})
+        shared = [seed for seed in by_seed if seed in theirs and theirs is not by_seed]
+        if shared:
+            gains = np.array([by_seed[seed] - theirs[seed] for seed in shared])
+            means = [evaluation.interval(x, picks) for x in gains.mean(0).T]
+            print(f"| `{setting}` minus GRPO, {seeds_of(shared)} | " + " | ".join(
+                f"{x['mean']:+.1f} [{x['low']:+.1f}, {x['high']:+.1f}]" for x in means) + " |")
+            agree = abs(np.sign(gains.mean(1)).sum(0)) == len(shared)       # (KS,)
+            unlike = ", ".join(str(k) for k, same in zip(KS, agree) if not same)
+            told += [f"`{setting}`: " + (f"seeds disagree in the sign of the difference at k = "
+                                         f"{unlike}." if unlike else "at no k do seeds disagree in "
+                                         "the sign of the difference.")] * (len(shared) > 1)
+    print("".join(f"\n{sentence}\n" for sentence in told))
+
+
+def seeds_of(seeds):
+    return f"seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}"
 
 
 def main():
