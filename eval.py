@@ -501,14 +501,14 @@ def run(argv=None):
     if rank() > 0:
         return
     summaries = {temperature: summary(records) for temperature, records in results.items()}
-    own = "=" in (args.show or "")                     # a problem from the command line, alone
+    one_alone = "=" in (args.show or "")               # a problem from the command line
     several = (i for i, problem in enumerate(problems)  # of Math simply the first
                if not task.several_answers or len(task.solutions(problem)) > 2)
-    shown = range(1) if own else list(itertools.islice(several, int(args.show or 0)))
+    shown = range(1) if one_alone else list(itertools.islice(several, int(args.show or 0)))
     for temperature, records in results.items():
-        print(f"{'one problem' if own else f'{len(problems)} held-out problems'}, {args.n} samples "
-              f"each, temperature {temperature:g}, seed {args.seed}")
-        if not own:
+        print(f"{'one problem' if one_alone else f'{len(problems)} held-out problems'}, {args.n} "
+              f"samples each, temperature {temperature:g}, seed {args.seed}")
+        if not one_alone:
             print_table(summaries[temperature])
         for i in shown:
             print(answers_of(task, problems[i], {model: records[model][i] for model in records}))
@@ -582,7 +582,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def any_character():
-    """A terminal or log file that lacks a character shows its number instead, and ends no run."""
+    """A terminal or log file that lacks a character shows its number instead of ending the run."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -627,9 +627,8 @@ def leave_out_too_long(task, tokenizer, model, max_new_tokens):
         prompts = [chat(tokenizer, task.system, task.prompt(x), task.style) for x in problems]
         # A token is a byte at least, apart from those that begin a text: few have to be counted.
         doubtful = [i for i, prompt in enumerate(prompts) if len(prompt.encode()) > room - 8]
-        asked = [prompts[i] for i in doubtful]
-        tokens = encode(tokenizer, asked, "cpu")[1].sum(1).tolist() if asked else []
-        long = {i for i, count in zip(doubtful, tokens) if count > room}
+        masks = encode(tokenizer, [prompts[i] for i in doubtful], "cpu")[1] if doubtful else ()
+        long = {i for i, mask in zip(doubtful, masks) if mask.sum() > room}
         return [i in long for i in range(len(problems))]
 
     with tqdm(desc="prompts", leave=False, disable=rank() > 0 or None) as bar:

@@ -308,8 +308,8 @@ def different_answers(rollout, rows, prompt_of_row):
 
 # -------------------------------------------------------------- the log-probabilities, tile by tile
 
-# How many bytes of logits a device may hold: `kept` stay for the backward pass, more are computed
-# again; they are made a `tile` at a time, which fits a CPU's cache, but of at least `rows` rows.
+# Bytes of logits on a device: up to `kept` they stay for the backward pass, else they are computed
+# again. A tile has `tile` bytes, few enough for a CPU's cache, but at least `rows` rows.
 Memory = namedtuple("Memory", "kept tile rows")
 MEMORY = {"cpu": Memory(256 << 20, 1 << 20, 512), "cuda": Memory(4 << 30, 256 << 20, 8192)}
 

@@ -647,8 +647,8 @@ def countdown_file(task, path):
 
 
 def as_models_write(answer):
-    """What a model boxes where a file has this reference answer; nothing, where it is a sentence,
-    which nobody writes a second time. What math_reward does not take for it earns no reward."""
+    """A file's reference answer as a model would box it; "" for a sentence, which no model repeats
+    word for word. If math_reward refuses it, no answer to the problem can earn the reward."""
     said = re.sub(r"(?i)^.*\b(?:answer|result)\b(?: is)?:? *|^(?:≈|~|\\approx) *", "", answer)
     said = re.sub(r"[\"`]|(?<![\w})])'|</?\w+>", "", said)
     said = re.sub(r"(?<=\d)[eE]([-+]?\d+)", r" \\times 10^{\1}", said)

@@ -174,8 +174,8 @@ def train_step(policy, optimizer, rollout, rewards, loss_fn, group_size, *, temp
     optimizer.zero_grad()
     for i, chunk in enumerate(chunks):
         outputs = scored[i] if one_chunk else score(policy, rollout, chunk, group_size, temperature)
-        # What has no gradient is left out, since it would cost as much; but every chunk goes
-        # backward at least once, because processes that share a model wait for each other there.
+        # An output whose gradient is 0 is left out: backward through it costs as much as through
+        # the other. But every chunk goes backward: processes that share a model wait there.
         used = [(out, g[chunk]) for out, g in zip(outputs, gradients) if g.any()]
         torch.autograd.backward(*zip(*(used or [(outputs[0], gradients[0][chunk])])))
 
@@ -274,7 +274,7 @@ def set_rate(optimizer, lr):
 
 
 def make_optimizer(policy, lr):
-    """AdamW without weight decay, its second moment over some twenty steps: gradients change."""
+    """AdamW without weight decay; its second moment is a mean of some twenty gradients."""
     return torch.optim.AdamW(policy.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0,
                              fused=world() == 1)
 
@@ -623,7 +623,8 @@ def save_checkpoint(folder, policy, optimizer, step, rng, generator):
         torch.save({"step": step, "weights": weights, "moments": optimiser["state"],
                     "rng": rng.getstate(), "generators": generators}, opened)
     files = sorted(folder.glob("*.pt"))
-    place = files.index(file)                          # later ones are damaged: it began before
+    place = files.index(file)
+    # Files of later steps are damaged ones, before which this run has begun again.
     for other in files[:max(0, place - 1)] + files[place + 1:]:
         other.unlink()
 
@@ -700,7 +701,7 @@ def hyperparameters(loss):
 
 
 def option(loss, default, text):
-    """What stands behind --name, as a value of the kind of its default."""
+    """The text after a loss's flag -> a value of the same type as the option's default."""
     kind = type(default)
     named = {"true": True, "false": False, "none": None, "nan": math.nan, "inf": math.inf}
     try:
