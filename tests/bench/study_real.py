@@ -223,11 +223,16 @@ def print_means(lines, temperature):
             print(f"| `{setting}` minus GRPO, {seeds_of(shared)} | " + " | ".join(
                 f"{x['mean']:+.1f} [{x['low']:+.1f}, {x['high']:+.1f}]" for x in means) + " |")
             agree = abs(np.sign(gains.mean(1)).sum(0)) == len(shared)       # (KS,)
-            unlike = ", ".join(str(k) for k, same in zip(KS, agree) if not same)
-            told += [f"`{setting}`: " + (f"seeds disagree in the sign of the difference at k = "
-                                         f"{unlike}." if unlike else "at no k do seeds disagree in "
-                                         "the sign of the difference.")] * (len(shared) > 1)
-    print("".join(f"\n{sentence}\n" for sentence in told))
+            beyond = [x["low"] > 1 or x["high"] < -1 for x in means]
+            differ = f"seeds differ in the sign at {which_ks(~agree)}"
+            told.append(f"- `{setting}` minus GRPO: the interval lies beyond 1 point at "
+                        f"{which_ks(beyond)}; {differ if len(shared) > 1 else 'one seed'}.")
+    print("\n" + "\n".join(told) + "\n")
+
+
+def which_ks(chosen):
+    found = [str(k) for k, yes in zip(KS, chosen) if yes]
+    return f"k = {', '.join(found)}" if found else "no k"
 
 
 def seeds_of(seeds):
