@@ -432,7 +432,7 @@ def test_the_claims_of_the_readme_are_the_study_s_word_for_word():
 
 
 def test_every_interval_of_the_readme_s_results_is_on_the_page():
-    text = README.partition("\n## Results")[2].partition("\n## What a line says")[0]
+    text = README.partition("\n## Results")[2].partition("\n## A real model")[0]
     intervals = re.findall(r"([+-]?[\d.]+)\s(\[[^]]+\])", text)
     assert len(intervals) >= 15
     for number, interval in intervals:

@@ -3,6 +3,7 @@
 Bugs killed here: a setting chosen before all were tried or on test problems, a gain over the wrong
 run or of unpaired problems, a page that hides what is missing.
 """
+import re
 import sys
 from pathlib import Path
 
@@ -104,5 +105,7 @@ def test_the_page_is_that_of_the_runs_and_readme_has_its_numbers(capsys):
     section = (ROOT / "README.md").read_text().partition("## A real model")[2].partition("\n## ")[0]
     rows = [row for row in section.splitlines() if row.startswith("| `")]
     assert len(rows) >= 3
-    for row in rows:
-        assert row in page, row
+    intervals = re.findall(r"[+-][\d.]+ \[[^]]+\]", section)
+    assert len(intervals) >= 2
+    for text in rows + intervals:
+        assert text in page, text
