@@ -250,7 +250,41 @@ class Linear(nn.Linear):
 
     def forward(self, x):
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+        return product(x, self.weight.to(x.dtype), bias)
+
+
+def product(x, weight, bias=None, residual=None):
+    """x @ weight.T + bias + residual. For fp32 on a CPU PyTorch calls MKL, which leaves half of an
+    AMD processor's AVX-512 idle; oneDNN does not, so large products go there."""
+    large = min(weight.shape) > 128 and x.numel() > 0
+    if ONE_DNN and large and x.is_cpu and x.dtype == torch.float32:
+        y = LargeProduct.apply(x, weight, bias)
+        return y if residual is None else y.add_(residual)
+    return F.linear(x, weight, bias) if residual is None else torch.addmm(residual, x, weight.T)
+
+
+class LargeProduct(torch.autograd.Function):
+    """x @ weight.T + bias by oneDNN."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return one_dnn(x, weight, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        x, weight = ctx.saved_tensors
+        g_rows, x_rows = g.flatten(0, -2), x.flatten(0, -2)                 # (rows, ..) each
+        bias = g_rows.sum(0) if ctx.needs_input_grad[2] else None
+        return one_dnn(g, weight.T), one_dnn(g_rows.T, x_rows.T), bias
+
+
+ONE_DNN = torch.backends.mkl.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def one_dnn(x, weight, bias=None):
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 def allowed(mask, T, S, window, device):
@@ -385,18 +419,15 @@ def operands(hidden, weight):
 
 def logits_of(h, w, temperature):
     """h @ w.T / temperature, fp32 for bf16 operands: rounding would shift every log-probability."""
-    if h.dtype in (torch.float32, torch.float64):
-        return torch.addmm(h.new_empty(1), h, w.T, beta=0, alpha=1 / temperature)
-    x = torch.mm(h, w.T, out_dtype=torch.float32)
+    half = h.dtype not in (torch.float32, torch.float64)
+    x = torch.mm(h, w.T, out_dtype=torch.float32) if half else product(h, w)
     return x if temperature == 1 else x.div_(temperature)
 
 
 def add_product(total, a, b, temperature):
     """total += a @ b / temperature, in the precision of total."""
-    if a.dtype == total.dtype:
-        total.addmm_(a, b, alpha=1 / temperature)
-    else:
-        total.add_(torch.mm(a, b, out_dtype=total.dtype), alpha=1 / temperature)
+    x = product(a, b.T) if a.dtype == total.dtype else torch.mm(a, b, out_dtype=total.dtype)
+    total.add_(x, alpha=1 / temperature)
 
 
 def lse_entropy(x):
@@ -614,11 +645,6 @@ def stop_tokens(name, tokenizer, more):
         behind = tokenizer(text.rpartition("an-answer")[2].strip(), add_special_tokens=False)
         found |= {*behind.input_ids[:1]} & tokenizer.added_tokens_decoder.keys()
     return found
-
-
-def says_when_it_stops(policy, tokenizer):
-    names = tokenizer.convert_ids_to_tokens(policy.stop_ids)
-    return f"an answer ends with {' or '.join(map(str, names)) or 'nothing but --max-new-tokens'}"
 
 
 def readable(what, reader):

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from policy import KVCache, UserError, head_dim, logits_of, operands
+from policy import KVCache, UserError, head_dim, logits_of, operands, product
 
 
 @dataclass
@@ -259,7 +259,7 @@ class Stepper:
         x = F.embedding(token, self.embedding).to(self.dtype)               # (B, D)
         for block, keys, values, window in zip(self.layers, self.keys, self.values, self.windows):
             normed = F.rms_norm(x, x.shape[-1:], eps=self.eps)              # its weight is in qkv
-            qkv = F.linear(normed, block.qkv, block.qkv_bias).view(B, H + 2 * KV, size)
+            qkv = product(normed, block.qkv, block.qkv_bias).view(B, H + 2 * KV, size)
             qk, v = qkv.split([H + KV, KV], dim=1)
             if block.qk_norm is not None:
                 qk = F.rms_norm(qk, (size,), eps=self.eps) * block.qk_norm
@@ -272,11 +272,11 @@ class Stepper:
             scores = torch.baddbmm(self.bias[:, :, near], q, keys[:, near].mT, alpha=size ** -0.5)
             mixed = torch.bmm(scores.softmax(-1), values[:, near]).view(B, H * size)
             residual = x if block.out_bias is None else x + block.out_bias
-            x = torch.addmm(residual, mixed, block.out.T)
+            x = product(mixed, block.out, residual=residual)
             normed = F.rms_norm(x, x.shape[-1:], eps=self.eps)
-            gate, up = F.linear(normed, block.gate_up, block.gate_up_bias).chunk(2, dim=-1)
+            gate, up = product(normed, block.gate_up, block.gate_up_bias).chunk(2, dim=-1)
             residual = x if block.down_bias is None else x + block.down_bias
-            x = torch.addmm(residual, F.silu(gate).mul_(up), block.down.T)
+            x = product(F.silu(gate).mul_(up), block.down, residual=residual)
         self.slot.add_(1)
         return self.norm(x)
 

@@ -490,7 +490,8 @@ def start_policy(args, device, dtype):
     was taught to answer (`warm_start`): the tiny policy, or --model with --warm-steps."""
     if not args.warm_steps:
         policy, tokenizer = policy_module.load(args.model, device, dtype, args.stop)
-        say(policy_module.says_when_it_stops(policy, tokenizer))
+        names = tokenizer.convert_ids_to_tokens(policy.stop_ids)
+        say(f"an answer ends with {' or '.join(map(str, names)) or 'nothing but --max-new-tokens'}")
         return policy, tokenizer, args.model
     base = Path(args.out) / args.base
     if not (base / "model").is_dir():

@@ -136,6 +136,46 @@ def test_gradients_equal_transformers(name):
         close(mine.grad, right[weight].grad, f"{name}: gradient of {weight}")
 
 
+@pytest.mark.skipif(not policy_module.ONE_DNN, reason="a torch without MKL or oneDNN")
+@pytest.mark.parametrize("rows", [(5,), (40, 3), (0,), (2, 0)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_large_products_against_float64(rows, biased):
+    """Their own gradients, too, where x has no rows or is a slice of something wider."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias, g = (torch.randn(shape, generator=generator)
+                          for shape in ((*rows, 400), (200, 300), (200,), (*rows, 200)))
+    given = [x[..., 50:350], weight, bias if biased else None]
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        inputs = [None if t is None else t.detach().to(dtype).requires_grad_()
+                  for t in given]
+        y = policy_module.product(*inputs)
+        y.backward(g.to(dtype))
+        results.append([y.detach(), *(t.grad for t in inputs if t is not None)])
+    assert len(results[0]) == 3 + biased
+    for mine, right in zip(*results):
+        assert mine.shape == right.shape and mine.dtype == torch.float32
+        assert torch.allclose(mine.double(), right, atol=2e-4, rtol=1e-5)
+
+
+@pytest.mark.skipif(not policy_module.ONE_DNN, reason="a torch without MKL or oneDNN")
+def test_which_products_go_to_one_dnn(monkeypatch):
+    """Large fp32 ones on a CPU; the tiny policy's stay as they are, bit for bit."""
+    seen, real = [], policy_module.one_dnn
+    monkeypatch.setattr(policy_module, "one_dnn", lambda *args: seen.append(1) or real(*args))
+    x, wide, narrow = torch.randn(7, 300), torch.randn(200, 300), torch.randn(128, 300)
+    residual = torch.randn(7, 200)
+    exact = x.double() @ wide.double().T + residual
+    assert torch.allclose(policy_module.product(x, wide, residual=residual).double(), exact,
+                          atol=1e-4) and len(seen) == 1
+    assert torch.equal(policy_module.product(x, narrow), torch.nn.functional.linear(x, narrow))
+    assert torch.equal(policy_module.product(x, narrow, residual=residual[:, :128]),
+                       torch.addmm(residual[:, :128], x, narrow.T))
+    assert policy_module.product(x.bfloat16(), wide.bfloat16()).dtype == torch.bfloat16
+    assert policy_module.product(x.double(), wide.double()).dtype == torch.float64
+    assert len(seen) == 1
+
+
 @care("Attention.forward")
 def test_bf16_lives_in_activations_only():
     """Parameters stay fp32, so a step of 1e-6 moves them; the log-probabilities move by bf16's two
