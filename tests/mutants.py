@@ -877,6 +877,16 @@ POLICY = [
         "-k gradient_of_the_tiles",
     ),
     (
+        "a large product without its bias's gradient",
+        ("bias = g_rows.sum(0) if ctx.needs_input_grad[2] else None", "bias = None"),
+        "-k large_products",
+    ),
+    ("oneDNN given no rows", ("> 128 and x.numel() > 0", "> 128"), "-k large_products"),
+    (
+        "a large product's residual forgotten",
+        ("return y if residual is None else y.add_(residual)", "return y"), "-k which_products",
+    ),
+    (
         "kept tiles in the wrong order", ("ctx.kept[::-1], []", "ctx.kept, []"),
         "-k gradient_of_the_tiles",
     ),
