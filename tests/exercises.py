@@ -292,22 +292,20 @@ def blanked_names(one):
 
 
 README = """
-`python tests/blank.py OUT` writes a student's copy: the functions below have kept only their
-docstrings, and neither tests nor losses that are an answer by another name are in it. Its handout
-has goals, hours and hints, `self_check.py` worked numbers, and by `run.py` train.py runs before all
-is solved: what is missing is there compiled. Here, `python tests/grade.py OUT` is the card, 100
-points and each mistake in a sentence (a file of your own goes, too: `python tests/grade.py
-my_losses.py`), and `python tests/grade.py --all FOLDER --csv grades.csv --jobs 4` a class, a row
-each. Code of strangers goes into a container:
+`python tests/blank.py OUT` writes a student's copy, in which the functions below have only their
+docstrings and no test or other loss gives an answer away, with a handout (goals, hours, hints),
+`self_check.py` (worked numbers), and `run.py`, which runs train.py with compiled code for what is
+not solved yet. Here, `python tests/grade.py OUT` grades it, 100 points and each mistake in a
+sentence (or one file: `python tests/grade.py my_losses.py`); `python tests/grade.py --all FOLDER
+--csv grades.csv --jobs 4` grades a class. Code of strangers goes into a container:
 
     docker build -t course - < tests/course/Dockerfile
-    docker run --rm --network none --memory 16g --cpus 4 --pids-limit 512 \\
-        -v "$PWD":/root/repo:ro -v "$PWD/handed_in":/handed_in:ro -w /root/repo course \\
+    docker run --rm --network none --memory 16g --cpus 4 --pids-limit 512 -v "$PWD":/root/repo:ro \\
+        -v "$PWD/handed_in":/handed_in:ro -w /root/repo course \\
         python tests/grade.py --all /handed_in --user nobody > grades.csv
 
-Graded code runs in a process that knows no right answer, and what comes back is judged outside. A
-forged grade needs code that is not Python, to read the reference's files unseen by Python's audit
-hooks; in the container `nobody` cannot read them either.
+Graded code runs in a process that knows no right answer; native code could read the reference's
+files, but not in the container.
 """
 
 
@@ -316,7 +314,7 @@ def readme():
     lines = ["## Exercises", ""]
     for part in README.strip("\n").split("\n\n"):
         code = part.startswith("    ")
-        lines += [part if code else textwrap.fill(part, 128, break_on_hyphens=False), ""]
+        lines += [part if code else textwrap.fill(part, 138, break_on_hyphens=False), ""]
     for one in EXERCISES:
         names = ", ".join(f"`{name}`" for name in one.functions) or "a new function"
         worth = f" ({one.points})" if one.points else ""
