@@ -647,6 +647,11 @@ def stop_tokens(name, tokenizer, more):
     return found
 
 
+def says_when_it_stops(policy, tokenizer):
+    names = tokenizer.convert_ids_to_tokens(policy.stop_ids)
+    return f"an answer ends with {' or '.join(map(str, names)) or 'nothing but --max-new-tokens'}"
+
+
 def readable(what, reader):
     """reader(), whose many kinds of error become one sentence that names `what`."""
     try:

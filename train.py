@@ -490,8 +490,7 @@ def start_policy(args, device, dtype):
     was taught to answer (`warm_start`): the tiny policy, or --model with --warm-steps."""
     if not args.warm_steps:
         policy, tokenizer = policy_module.load(args.model, device, dtype, args.stop)
-        names = tokenizer.convert_ids_to_tokens(policy.stop_ids)
-        say(f"an answer ends with {' or '.join(map(str, names)) or 'nothing but --max-new-tokens'}")
+        say(policy_module.says_when_it_stops(policy, tokenizer))
         return policy, tokenizer, args.model
     base = Path(args.out) / args.base
     if not (base / "model").is_dir():
@@ -624,8 +623,7 @@ def save_checkpoint(folder, policy, optimizer, step, rng, generator):
         torch.save({"step": step, "weights": weights, "moments": optimiser["state"],
                     "rng": rng.getstate(), "generators": generators}, opened)
     files = sorted(folder.glob("*.pt"))
-    place = files.index(file)
-    # Files of later steps are damaged ones, before which this run has begun again.
+    place = files.index(file)              # later ones are damaged: the run went on from before
     for other in files[:max(0, place - 1)] + files[place + 1:]:
         other.unlink()
 

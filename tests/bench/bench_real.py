@@ -10,7 +10,8 @@ have their full length; the last row has the policy's own stops (give a folder l
 runs/base/model: an untaught model hardly ever stops). The rewards of a step cost nothing. TRL runs
 with gradient_checkpointing=False, top_k=0, beta 0, one update a rollout. Peak memory is that of a
 process of its own for each side, which makes two steps. The floor of sampling is its matrix
-products alone: every weight is read once a token.
+products alone as torch.mm makes them, every weight read once per token; policy.product may be
+faster.
 """
 import argparse
 import json
