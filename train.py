@@ -274,7 +274,7 @@ def set_rate(optimizer, lr):
 
 
 def make_optimizer(policy, lr):
-    """AdamW without weight decay; its second moment is a mean of some twenty gradients."""
+    """AdamW without weight decay; its second moment is a mean over some twenty steps."""
     return torch.optim.AdamW(policy.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0,
                              fused=world() == 1)
 
